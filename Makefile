@@ -1,0 +1,44 @@
+# make demo    set up, then images → .beton → pretraining → accuracy, on this machine, in minutes
+# make test    set up, then the tests
+SHELL := /bin/bash
+BIN := .venv/bin
+JOBS ?= auto
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: setup setup-dev demo test test-all check bench format lock clean
+
+setup:
+	@tools/setup.sh user
+
+setup-dev:
+	@tools/setup.sh dev
+
+demo: setup
+	@$(BIN)/python -m tools.demo
+
+test: setup-dev
+	$(BIN)/python -m pytest -n $(JOBS)
+
+test-all: setup-dev  # with the widest sweeps
+	$(BIN)/python -m pytest -n $(JOBS) -m "not gpu"
+
+check: setup-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/codespell
+
+bench: setup-dev
+	$(BIN)/python -m pytest benchmarks -p no:xdist -s
+
+format: setup-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+lock: setup-dev  # constraints.txt: the newest versions that the ranges allow
+	$(BIN)/uv pip compile --quiet --universal --python-version 3.10 --upgrade --no-header --annotation-style=line \
+	    requirements-dev.txt -o constraints.txt
+
+clean:
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

@@ -1,0 +1,1 @@
+"""The programs that Twinview is measured against."""

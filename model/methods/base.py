@@ -1,0 +1,30 @@
+"""What a self-supervised method is to the training loop: views in, loss and metrics out."""
+
+from abc import ABC, abstractmethod
+
+from torch import Tensor, nn
+
+from model.resnet import ResNet
+
+
+class Method(nn.Module, ABC):
+    """An encoder, what is trained with it, and the loss between views.
+
+    Attributes:
+        encoder: the network whose representation h is evaluated and exported.
+        num_views: views of each image that `forward` takes.
+    """
+
+    encoder: ResNet
+    num_views: int
+
+    @abstractmethod
+    def forward(self, views: list[Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Views [N, 3, H, W] of this rank's N images → the scalar loss, and detached scalars to log.
+
+        All ranks must call together. Loss and metrics are means over this rank's rows: their mean over the
+        ranks is the global figure, and gradients averaged over the ranks are the global loss's.
+        """
+
+    def after_step(self, step: int) -> None:
+        """Called after the optimizer's step `step`, for moving averages and queues; default: nothing."""

@@ -1,0 +1,46 @@
+"""SimCLR (Chen et al. 2020): two views, one encoder and projection head, NT-Xent over the global batch.
+
+Both views go through the network as one batch of 2N rows, so that batch norm sees both, as in
+google-research/simclr.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from model.heads import ProjectionHead, ProjectionHeadConfig
+from model.methods.base import Method
+from model.ntxent.loss import nt_xent
+from model.resnet import EncoderConfig, ResNet
+
+
+class SimCLR(Method):
+    """loss = NT-Xent(g(f(view 1)), g(f(view 2)))."""
+
+    num_views = 2
+
+    def __init__(
+        self, encoder: EncoderConfig, projection_head: ProjectionHeadConfig, temperature: float
+    ) -> None:
+        super().__init__()
+        self.encoder = ResNet(encoder)
+        self.projection_head = ProjectionHead(self.encoder.feature_dim, projection_head)
+        self.temperature = temperature
+
+    def forward(self, views: list[Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """See `Method.forward`; the metrics are explained at `NTXentOutput` and `projection_std`."""
+        if len(views) != self.num_views:
+            raise ValueError(f"SimCLR takes {self.num_views} views of each image, got {len(views)}")
+        z = self.projection_head(self.encoder(torch.cat(views)))
+        loss, accuracy = nt_xent(*z.chunk(2), temperature=self.temperature)
+        return loss, {"contrastive_accuracy": accuracy, "projection_std": projection_std(z)}
+
+
+@torch.no_grad()
+def projection_std(z: Tensor) -> Tensor:
+    """How far the projections z [N, D] are from collapse: 0 where all coincide, 1 where they fill the sphere.
+
+    The standard deviation over this rank's rows of each dimension of √D·z/‖z‖, averaged over the dimensions.
+    """
+    unit = F.normalize(z.float(), dim=1)
+    return unit.std(dim=0, correction=0).mean().mul(unit.shape[1] ** 0.5)

@@ -1,0 +1,1 @@
+"""NT-Xent, the normalised temperature-scaled cross entropy loss."""

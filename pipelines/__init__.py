@@ -1,0 +1,1 @@
+"""Input pipelines: from one `.beton` to augmented views on the device."""

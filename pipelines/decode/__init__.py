@@ -1,0 +1,1 @@
+"""JPEG or raw pixels to crops: one decode, any number of windows."""

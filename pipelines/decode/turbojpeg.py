@@ -1,0 +1,138 @@
+"""Call libjpeg-turbo from Numba kernels, by address.
+
+FFCV's extension module is linked against libjpeg-turbo, so the library that FFCV decodes with is found through it: one
+decoder in the process, and no search path of our own. Addresses travel as *arguments* of the kernels, never as
+constants in them, so that compiled kernels can be cached on disk and shared by processes.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+
+PIXEL_FORMAT_RGBX = 2  # TJPF_RGBX
+NUM_CHANNELS = 4  # of RGBX: four bytes a pixel keep the resampler's vectors aligned
+
+
+class TurboJPEG(NamedTuple):
+    """Addresses of the functions that kernels call."""
+
+    decompress_header: int
+    decompress: int
+
+
+@lru_cache(maxsize=1)
+def library() -> ctypes.CDLL:
+    """The libjpeg-turbo that FFCV is linked against.
+
+    Raises:
+        RuntimeError: FFCV is not installed, or its extension cannot be loaded.
+    """
+    spec = importlib.util.find_spec("ffcv")
+    folders = list(spec.submodule_search_locations or []) if spec else []
+    extensions = [path for folder in folders for path in Path(folder).glob("_libffcv*.so")]
+    if not extensions:
+        raise RuntimeError("`ffcv` is needed to decode JPEGs and was not found; install requirements.txt")
+    turbojpeg = ctypes.CDLL(str(extensions[0]))
+    turbojpeg.tjInitDecompress.restype = ctypes.c_void_p
+    turbojpeg.tjDestroy.argtypes = [ctypes.c_void_p]
+    turbojpeg.tjGetErrorStr2.argtypes = [ctypes.c_void_p]
+    turbojpeg.tjGetErrorStr2.restype = ctypes.c_char_p
+    return turbojpeg
+
+
+def addresses() -> TurboJPEG:
+    """The addresses that kernels take as arguments."""
+    return TurboJPEG(_address("tjDecompressHeader3"), _address("tjDecompress2"))
+
+
+class Decompressor:
+    """One libjpeg-turbo handle; not to be shared between threads.
+
+    Attributes:
+        handle: the address that kernels take as an argument.
+    """
+
+    def __init__(self) -> None:
+        self.handle: int = library().tjInitDecompress()
+
+    def last_error(self) -> str:
+        """What libjpeg-turbo said of the last image that it refused or complained of."""
+        return str(library().tjGetErrorStr2(self.handle).decode(errors="replace"))
+
+    def close(self) -> None:
+        """Free the handle."""
+        if self.handle:
+            library().tjDestroy(self.handle)
+            self.handle = 0
+
+
+def _address(name: str) -> int:
+    address = ctypes.cast(getattr(library(), name), ctypes.c_void_p).value
+    assert address is not None
+    return address
+
+
+_POINTER = ir.IntType(64)  # a pointer and a 64-bit integer travel in the same registers
+_INT = ir.IntType(32)
+
+
+def _emit_call(builder: Any, values: Sequence[Any], argument_types: Sequence[ir.Type]) -> Any:
+    """Emit `((int (*)(...)) values[0])(values[1:])`, narrowing each argument to the type that C declares."""
+    function_type = ir.FunctionType(_INT, argument_types)
+    function = builder.inttoptr(values[0], function_type.as_pointer())
+    arguments = [
+        value if kind == _POINTER else builder.trunc(value, kind)
+        for value, kind in zip(values[1:], argument_types, strict=True)
+    ]
+    return builder.call(function, arguments)
+
+
+@intrinsic
+def call_decompress_header(
+    typing_context,
+    address,
+    handle,
+    jpeg,
+    size,
+    width,
+    height,
+    subsampling,
+    colorspace,
+):
+    """`tjDecompressHeader3`; all arguments are intp, pointers as addresses. Returns 0, or −1."""
+
+    def generate(context, builder, signature, values):
+        return _emit_call(builder, values, [_POINTER] * 7)
+
+    return types.int32(*[types.intp] * 8), generate
+
+
+@intrinsic
+def call_decompress(
+    typing_context,
+    address,
+    handle,
+    jpeg,
+    size,
+    out,
+    width,
+    pitch,
+    height,
+    pixel_format,
+    flags,
+):
+    """`tjDecompress2`; all arguments are intp, pointers as addresses. Returns 0, or −1 (an error or a warning)."""
+
+    def generate(context, builder, signature, values):
+        return _emit_call(builder, values, [_POINTER] * 4 + [_INT] * 5)
+
+    return types.int32(*[types.intp] * 10), generate

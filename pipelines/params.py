@@ -1,0 +1,176 @@
+"""Draw the parameters of views: crop window, flip, jitter, gray, blur, solarize.
+
+`draw_views` is a pure function of `(seed, epoch, sample, view)`, the recipe and the image's size. Every loader applies
+the same parameters, and a restarted or differently sliced run draws the same ones.
+
+Crop windows follow torchvision's `RandomResizedCrop.get_params`: up to ten attempts at an area and an aspect, then a
+central window of the nearest allowed aspect. They are whole pixels of the stored image.
+
+Legend: N samples, V views.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipelines.recipe import Recipe, ViewRecipe
+from pipelines.rng import key_of, uniform
+
+NUM_ATTEMPTS = 10  # torchvision's
+NUM_JITTER_OPS = 4
+BRIGHTNESS, CONTRAST, SATURATION, HUE, NO_OP = 0, 1, 2, 3, -1
+
+VIEW_PARAMS = np.dtype(
+    [
+        ("top", np.int32),  # the window, in pixels of the stored image
+        ("left", np.int32),
+        ("height", np.int32),
+        ("width", np.int32),
+        (
+            "jitter_order",
+            np.int32,
+            (NUM_JITTER_OPS,),
+        ),  # BRIGHTNESS … HUE in the order of application, or NO_OP
+        ("jitter_factor", np.float32, (NUM_JITTER_OPS,)),  # indexed by the operation; the hue's is its shift
+        ("blur_sigma", np.float32),  # pixels of the view; 0: no blur
+        ("solarize_threshold", np.float32),  # on [0, 1]; infinite: no solarization
+        ("flip", np.bool_),
+        ("gray", np.bool_),
+    ],
+    align=True,
+)
+"""Parameters of one view. Arrays of it are [N, V]."""
+
+ViewParams = NDArray[np.void]
+FloatArray = NDArray[np.float64]
+
+
+class Draw(IntEnum):
+    """The number of each draw within a view. Fixed for ever: a change changes every view of every run."""
+
+    CROP_AREA = 0  # and the following NUM_ATTEMPTS − 1
+    CROP_ASPECT = 16  # likewise
+    CROP_TOP = 32
+    CROP_LEFT = 33
+    FLIP = 34
+    JITTER = 35
+    JITTER_FACTOR = 36  # and the following three
+    JITTER_ORDER = 40  # likewise
+    GRAY = 44
+    BLUR = 45
+    BLUR_SIGMA = 46
+    SOLARIZE = 47
+
+
+def draw_views(
+    recipe: Recipe,
+    seed: int,
+    epoch: int,
+    samples: NDArray[np.int64],
+    widths: NDArray[np.int32],
+    heights: NDArray[np.int32],
+) -> ViewParams:
+    """Draw the parameters of all views of some samples.
+
+    Args:
+        recipe: what to draw.
+        seed: of the run.
+        epoch: from 0.
+        samples: int64 [N], rows of the `.beton`.
+        widths: int32 [N], of the stored images, pixels.
+        heights: int32 [N].
+
+    Returns:
+        `VIEW_PARAMS` [N, V].
+    """
+    params = np.zeros((len(samples), len(recipe.views)), VIEW_PARAMS)
+    for v, view in enumerate(recipe.views):
+        _draw_view(params[:, v], view, key_of(seed, epoch, samples, v), widths, heights)
+    return params
+
+
+def _draw_view(
+    out: ViewParams,
+    view: ViewRecipe,
+    key: NDArray[np.uint64],
+    widths: NDArray[np.int32],
+    heights: NDArray[np.int32],
+) -> None:
+    if view.crop == "center":
+        _center_window(out, widths, heights)
+    else:
+        _random_window(out, view, key, widths, heights)
+    out["flip"] = uniform(key, Draw.FLIP) < view.flip_prob
+    _draw_jitter(out, view, key)
+    out["gray"] = uniform(key, Draw.GRAY) < view.gray_prob
+    sigma = _between(uniform(key, Draw.BLUR_SIGMA), view.blur_sigma)
+    out["blur_sigma"] = np.where(uniform(key, Draw.BLUR) < view.blur_prob, sigma, 0.0)
+    solarized = uniform(key, Draw.SOLARIZE) < view.solarize_prob
+    out["solarize_threshold"] = np.where(solarized, view.solarize_threshold, np.inf)
+
+
+def _random_window(
+    out: ViewParams,
+    view: ViewRecipe,
+    key: NDArray[np.uint64],
+    widths: NDArray[np.int32],
+    heights: NDArray[np.int32],
+) -> None:
+    key_N1 = key[:, None]
+    attempts = np.arange(NUM_ATTEMPTS, dtype=np.uint64)
+    share = _between(uniform(key_N1, attempts + np.uint64(Draw.CROP_AREA)), view.crop_area)
+    log_aspect = _between(uniform(key_N1, attempts + np.uint64(Draw.CROP_ASPECT)), np.log(view.crop_aspect))
+    # Rounded to float32 so that a last-bit difference between machines' exp() cannot move a window.
+    aspect = np.exp(log_aspect).astype(np.float32).astype(np.float64)
+    area = share * (widths.astype(np.float64) * heights)[:, None]
+    width_NA = np.rint(np.sqrt(area * aspect)).astype(np.int32)
+    height_NA = np.rint(np.sqrt(area / aspect)).astype(np.int32)
+    fits = (width_NA > 0) & (width_NA <= widths[:, None]) & (height_NA > 0) & (height_NA <= heights[:, None])
+    first = np.argmax(fits, axis=1)
+    rows = np.arange(len(out))
+    fallback_width, fallback_height = _fallback_window(view.crop_aspect, widths, heights)
+    found = fits[rows, first]
+    width = np.where(found, width_NA[rows, first], fallback_width)
+    height = np.where(found, height_NA[rows, first], fallback_height)
+    top = np.floor(uniform(key, Draw.CROP_TOP) * (heights - height + 1)).astype(np.int32)
+    left = np.floor(uniform(key, Draw.CROP_LEFT) * (widths - width + 1)).astype(np.int32)
+    out["width"], out["height"] = width, height
+    out["top"] = np.where(found, top, (heights - height) // 2)
+    out["left"] = np.where(found, left, (widths - width) // 2)
+
+
+def _fallback_window(
+    aspect: tuple[float, float], widths: NDArray[np.int32], heights: NDArray[np.int32]
+) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+    """The largest window whose aspect is within the range; at least one pixel on an extreme panorama."""
+    width = np.minimum(widths, np.rint(heights * aspect[1])).astype(np.int32)
+    height = np.minimum(heights, np.rint(widths / aspect[0])).astype(np.int32)
+    return np.maximum(width, 1), np.maximum(height, 1)
+
+
+def _center_window(out: ViewParams, widths: NDArray[np.int32], heights: NDArray[np.int32]) -> None:
+    side = np.minimum(widths, heights)
+    out["width"], out["height"] = side, side
+    out["top"], out["left"] = (heights - side) // 2, (widths - side) // 2
+
+
+def _draw_jitter(out: ViewParams, view: ViewRecipe, key: NDArray[np.uint64]) -> None:
+    strength = (view.brightness, view.contrast, view.saturation, view.hue)
+    ops = np.arange(NUM_JITTER_OPS, dtype=np.uint64)
+    u = uniform(key[:, None], ops + np.uint64(Draw.JITTER_FACTOR))
+    low = [max(0.0, 1.0 - s) for s in strength[:HUE]] + [-strength[HUE]]
+    high = [1.0 + s for s in strength[:HUE]] + [strength[HUE]]
+    out["jitter_factor"] = _between(u, (np.array(low), np.array(high)))
+    order = np.argsort(uniform(key[:, None], ops + np.uint64(Draw.JITTER_ORDER)), axis=1, kind="stable")
+    applied = (uniform(key, Draw.JITTER) < view.jitter_prob)[:, None] & (np.array(strength) > 0.0)[order]
+    out["jitter_order"] = np.where(applied, order, NO_OP)
+
+
+def _between(u: FloatArray, bounds: tuple[float, float] | tuple[FloatArray, FloatArray] | FloatArray) -> FloatArray:
+    """Uniform numbers of [0, 1) moved to [low, high)."""
+    low, high = bounds
+    moved: FloatArray = low + u * (high - low)
+    return moved

@@ -1,0 +1,1 @@
+"""Colour jitter, grayscale, blur, solarize, normalise."""

@@ -1,0 +1,239 @@
+"""The loader: the same views on any number of ranks and threads, from any start; bad samples by name."""
+
+import logging
+import threading
+
+import numpy as np
+import pytest
+import torch
+from torchvision.transforms.v2 import functional as F
+
+from pipelines.beton import open_beton
+from pipelines.ffcv_loader import FFCVLoader
+from pipelines.order import epoch_order
+from pipelines.params import draw_views
+from pipelines.photometric import reference
+from pipelines.recipe import AugmentConfig, Recipe, ViewRecipe, build_recipe, center_recipe
+from tests.pipelines.betons import make_beton, natural_image
+
+SIZES = [(60 + 3 * i, 80 - 2 * i) for i in range(24)]
+SIMCLR = build_recipe(AugmentConfig(size=32))
+
+
+@pytest.fixture(scope="module")
+def beton(tmp_path_factory):
+    return make_beton(tmp_path_factory.mktemp("set"), SIZES)
+
+
+@pytest.fixture
+def make_loader(beton):
+    loaders = []
+
+    def make(recipe=SIMCLR, data=beton, **options):
+        options = {"seed": 0, "global_batch_size": 8, "num_threads": 2} | options
+        loaders.append(FFCVLoader(data, recipe, **options))
+        return loaders[-1]
+
+    yield make
+    for loader in loaders:
+        loader.close()
+
+
+def assert_same(ours, theirs):
+    assert (ours.sample_indices == theirs.sample_indices).all()
+    assert (ours.labels == theirs.labels).all()
+    assert ours.epoch == theirs.epoch
+    for a, b in zip(ours.views, theirs.views, strict=True):
+        assert torch.equal(a, b)
+
+
+def concatenate(parts):
+    return [torch.cat(views) for views in zip(*(part.views for part in parts), strict=True)]
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+@pytest.mark.parametrize("num_threads", [1, 3])
+def test_ranks_and_threads_do_not_change_the_views(make_loader, world_size, num_threads):
+    whole = list(make_loader(num_threads=1).epoch(5))
+    ranks = [
+        make_loader(rank=rank, world_size=world_size, num_threads=num_threads).epoch(5) for rank in range(world_size)
+    ]
+    for expected, *parts in zip(whole, *ranks, strict=True):
+        assert torch.cat([part.sample_indices for part in parts]).tolist() == expected.sample_indices.tolist()
+        for ours, theirs in zip(concatenate(parts), expected.views, strict=True):
+            assert torch.equal(ours, theirs)
+
+
+def test_a_restarted_epoch_goes_on_with_the_same_batches(make_loader):
+    whole = list(make_loader().epoch(2))
+    for ours, theirs in zip(make_loader().epoch(2, start_batch=1), whole[1:], strict=True):
+        assert_same(ours, theirs)
+
+
+def test_a_batch_is_decode_crop_and_chain_by_others(make_loader, beton):
+    # Pillow decodes, torchvision crops and flips, the float64 reference chain colours.
+    import io
+
+    from PIL import Image
+
+    batch = next(make_loader(seed=4).epoch(3))
+    samples = epoch_order(4, 3, beton.num_samples)[:8]
+    assert batch.sample_indices.tolist() == samples.tolist()
+    assert batch.labels.tolist() == [int(s) * 2 // len(SIZES) for s in samples]
+    params = draw_views(SIMCLR, 4, 3, samples, beton.widths[samples], beton.heights[samples])
+    for v, view in enumerate(SIMCLR.views):
+        assert batch.views[v].shape == (8, 3, 32, 32)
+        assert batch.views[v].is_contiguous(memory_format=torch.channels_last)
+        crops = []
+        for p, sample in zip(params[:, v], samples, strict=True):
+            image = np.array(Image.open(io.BytesIO(beton.encoded(int(sample)))).convert("RGB"))
+            x = torch.from_numpy(image).permute(2, 0, 1).double()
+            window = [int(p[name]) for name in ("top", "left", "height", "width")]
+            x = F.resized_crop(x, *window, [32, 32], antialias=True)
+            crops.append((x.flip(-1) if p["flip"] else x).round().to(torch.uint8))
+        expected = reference.photometric(torch.stack(crops), params[:, v], view, SIMCLR, torch.float64)
+        difference = (batch.views[v].double() - expected).abs()
+        # A pixel may round to its other neighbour: one level, which the contrast and saturation can amplify.
+        assert difference.mean() < 2e-4
+        assert difference.max() < 5 / 255
+
+
+def test_a_gpu_batch_holds_the_same_views_as_a_cpu_batch(make_loader, beton, monkeypatch):
+    # The way of a GPU, on the CPU: uint8 crops from the threads, the chain in torch afterwards.
+    ours = make_loader()
+    monkeypatch.setattr(ours, "_coloring", None)
+    monkeypatch.setattr("torch.empty", lambda *a, pin_memory=False, _empty=torch.empty, **k: _empty(*a, **k))
+    for a, b in zip(ours.epoch(0), make_loader().epoch(0), strict=True):
+        for x, y in zip(a.views, b.views, strict=True):
+            torch.testing.assert_close(x, y, rtol=0, atol=2e-5)
+
+
+def test_raw_and_jpeg_betons_draw_the_same_windows(make_loader, beton, tmp_path):
+    raw = make_beton(tmp_path, SIZES, encode="raw")
+    recipe = Recipe(views=(ViewRecipe(size=32),))
+    for a, b in zip(make_loader(recipe).epoch(0), make_loader(recipe, raw).epoch(0), strict=True):
+        assert (a.sample_indices == b.sample_indices).all()
+        assert (a.views[0] - b.views[0]).abs().mean() < 0.02  # what q90 and chroma subsampling lose
+
+
+def test_views_may_have_sizes_of_their_own(make_loader):
+    small, large = ViewRecipe(size=24, flip_prob=0.5), ViewRecipe(size=40, blur_prob=1.0)
+    both = next(make_loader(Recipe(views=(small, large, small))).epoch(0))
+    assert [tuple(view.shape) for view in both.views] == [(8, 3, 24, 24), (8, 3, 40, 40), (8, 3, 24, 24)]
+    alone = next(make_loader(Recipe(views=(small,))).epoch(0))
+    assert torch.equal(both.views[0], alone.views[0])
+    assert not torch.equal(both.views[0], both.views[2])
+
+
+def test_evaluation_keeps_order_and_the_partial_batch(make_loader):
+    loader = make_loader(center_recipe(AugmentConfig(size=32)), global_batch_size=10, training=False)
+    batches = list(loader.epoch(0))
+    assert len(loader) == len(batches) == 3
+    assert torch.cat([b.sample_indices for b in batches]).tolist() == list(range(24))
+    assert [b.num_images for b in batches] == [10, 10, 4]
+
+
+def test_training_drops_the_partial_batch(make_loader):
+    loader = make_loader(global_batch_size=10)
+    assert len(loader) == len(list(loader.epoch(0))) == 2
+
+
+def test_batches_are_not_overwritten_by_later_ones(make_loader):
+    loader = make_loader(batches_ahead=1, global_batch_size=4)
+    kept, copies = [], []
+    for batch in loader.epoch(0):
+        kept.append(batch.views[0])
+        copies.append(batch.views[0].clone())
+    assert all(torch.equal(a, b) for a, b in zip(kept, copies, strict=True))
+
+
+def test_leaving_an_epoch_early_leaves_nothing_behind(make_loader):
+    before = threading.active_count()
+    loader = make_loader()
+    for _ in range(3):
+        for _batch in loader.epoch(0):
+            break
+    assert_same(next(loader.epoch(1)), next(make_loader().epoch(1)))
+    loader.close()
+    assert threading.active_count() <= before + 2  # the other loader's two threads
+
+
+def test_bfloat16_views_are_the_rounded_float32_ones(make_loader):
+    half, full = next(make_loader(dtype=torch.bfloat16).epoch(0)), next(make_loader().epoch(0))
+    assert half.views[0].dtype == torch.bfloat16
+    assert torch.equal(half.views[0], full.views[0].bfloat16())
+
+
+def test_the_position_follows_the_batches_taken(make_loader):
+    loader = make_loader()
+    batches = loader.epoch(4)
+    next(batches)
+    next(batches)
+    state = loader.state_dict()
+    assert (state["epoch"], state["next_batch"]) == (4, 2)
+    assert make_loader().load_state_dict(state) == (4, 2)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"seed": 1}, "`seed` 1, this run has 0"),
+        ({"global_batch_size": 4}, "`global_batch_size` 4, this run has 8"),
+        ({"num_samples": 99}, "`num_samples` 99, this run has 24"),
+        ({"dataset": "other"}, "`dataset` other, this run has"),
+    ],
+)
+def test_a_state_of_another_run_is_refused(make_loader, change, message):
+    loader = make_loader()
+    with pytest.raises(ValueError, match=message):
+        loader.load_state_dict(loader.state_dict() | change)
+
+
+def damage(beton, sample, folder):
+    """A copy of the file in which one JPEG is cut off in the middle (its rest is zeros)."""
+    data = bytearray(beton.path.read_bytes())
+    start, size = int(beton.offsets[sample]), int(beton.sizes[sample])
+    data[start + size // 2 : start + size] = bytes(size - size // 2)
+    path = folder / beton.path.name
+    path.write_bytes(data)
+    (folder / (path.name + ".json")).write_bytes((beton.path.parent / (path.name + ".json")).read_bytes())
+    return open_beton(path)
+
+
+def test_a_sample_that_cannot_be_decoded_stops_the_run_by_name(make_loader, beton, tmp_path):
+    loader = make_loader(data=damage(beton, 13, tmp_path))
+    with pytest.raises(ValueError, match=r"sample 13 \(class1/0013.png\) of .*set.beton cannot be decoded: .*JPEG"):
+        list(loader.epoch(0))
+    with pytest.raises(ValueError, match="sample 13"):  # and again: no thread died of it
+        list(loader.epoch(0))
+
+
+def test_a_sample_that_cannot_be_decoded_is_named_counted_and_replaced(make_loader, beton, tmp_path, caplog):
+    loader = make_loader(data=damage(beton, 13, tmp_path), on_error="skip")
+    with caplog.at_level(logging.WARNING):
+        batches = list(loader.epoch(0))
+    assert loader.num_skipped == 1
+    assert "sample 13 (class1/0013.png)" in caplog.text
+    indices = torch.cat([batch.sample_indices for batch in batches]).tolist()
+    assert sorted(indices) == sorted([i for i in range(24) if i != 13] + [14])
+    good = list(make_loader().epoch(0))
+    for ours, theirs in zip(batches, good, strict=True):
+        for i, sample in enumerate(ours.sample_indices.tolist()):
+            if sample != 14:
+                assert torch.equal(ours.views[1][i], theirs.views[1][i])
+    stand_ins = [b.views[0][i] for b in batches for i, s in enumerate(b.sample_indices.tolist()) if s == 14]
+    assert torch.equal(stand_ins[0], stand_ins[1])
+
+
+def test_a_file_of_bad_samples_stops_even_when_skipping(make_loader, tmp_path):
+    raw = natural_image(8, 8, 0)
+    folder = tmp_path / "bad"
+    folder.mkdir()
+    bad = make_beton(folder, [raw.size] * 20)
+    data = bytearray(bad.path.read_bytes())
+    for start, size in zip(bad.offsets.tolist(), bad.sizes.tolist(), strict=True):
+        data[start : start + size] = bytes(size)
+    bad.path.write_bytes(data)
+    loader = make_loader(data=open_beton(bad.path), on_error="skip")
+    with pytest.raises(ValueError, match="cannot be decoded"):
+        list(loader.epoch(0))

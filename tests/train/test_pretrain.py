@@ -1,0 +1,227 @@
+"""The scripts as a user starts them: launchers, kill and resume, bad input."""
+
+import os
+import signal
+import socket
+import time
+
+import pytest
+import torch
+import yaml
+
+from tests.pipelines.betons import make_beton
+from tests.train.runs import BIN, deepspeed, finish, pretrain, start
+from train.checkpoint import latest_checkpoint, list_checkpoints, load_checkpoint
+from train.metrics import read_metrics
+
+NUM_IMAGES = 80
+STEPS_PER_EPOCH = 5  # batches of 16
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return make_beton(tmp_path_factory.mktemp("data"), [(24, 20)] * NUM_IMAGES, encode="raw").path
+
+
+@pytest.fixture
+def port():
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
+
+
+def final_state(runs_dir, name="run"):
+    return load_checkpoint(latest_checkpoint(runs_dir / name))
+
+
+def curve(runs_dir, name="run"):
+    """What training did: every metric but the clock's."""
+    return [
+        {key: value for key, value in line.items() if key not in ("images_per_sec", "data_wait")}
+        for line in read_metrics(runs_dir / name)
+    ]
+
+
+def assert_same_state(ours, theirs):
+    assert ours.model.keys() == theirs.model.keys()
+    for key, value in ours.model.items():
+        assert torch.equal(value, theirs.model[key]), key
+    assert ours.optimizer.keys() == theirs.optimizer.keys()
+    for key, slots in ours.optimizer.items():
+        assert torch.equal(slots["momentum"], theirs.optimizer[key]["momentum"]), key
+
+
+def assert_done(process):
+    code, out, err = finish(process)
+    assert code == 0, f"{out[-2000:]}\n{err[-4000:]}"
+
+
+def test_plain_python_trains_and_leaves_a_run_directory(data, tmp_path):
+    assert_done(start(pretrain(tmp_path, data)))
+    run_dir = tmp_path / "run"
+    assert [line["step"] for line in read_metrics(run_dir)] == list(range(1, 3 * STEPS_PER_EPOCH + 1))
+    assert {"config.yaml", "metrics.jsonl", "train.log", "checkpoints"} <= {p.name for p in run_dir.iterdir()}
+    assert list(run_dir.glob("events.*"))
+    config = yaml.safe_load((run_dir / "config.yaml").read_text())
+    assert config["model"]["encoder"] == {"depth": 10, "width": 0.125, "stem": "cifar"}
+    assert config["optim"]["momentum"] == 0.9  # defaults are written out
+    last = read_metrics(run_dir)[-1]
+    assert last["images_per_sec"] > 0
+    assert 0 <= last["data_wait"] <= 1
+    # The same command again: the run is complete, and nothing changes.
+    before = final_state(tmp_path)
+    assert_done(start(pretrain(tmp_path, data)))
+    assert_same_state(final_state(tmp_path), before)
+
+
+@pytest.mark.distributed
+def test_the_number_of_ranks_changes_the_loss_curve_by_rounding_alone(data, tmp_path, port):
+    torchrun = (BIN / "torchrun", "--nproc_per_node=2", f"--master_port={port}")
+    processes = [
+        start(pretrain(tmp_path, data, name="one")),
+        start(pretrain(tmp_path, data, name="two", launcher=torchrun)),
+    ]
+    for process in processes:
+        assert_done(process)
+    for ours, theirs in zip(curve(tmp_path, "two"), curve(tmp_path, "one"), strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-4)
+        assert ours["lr"] == theirs["lr"]
+    one, two = final_state(tmp_path, "one"), final_state(tmp_path, "two")
+    for key, value in one.model.items():
+        torch.testing.assert_close(two.model[key], value, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.distributed
+def test_a_run_killed_in_the_middle_of_an_epoch_resumes_as_if_it_had_not_been(data, tmp_path, port):
+    options = ["--train.checkpoint_every=2", "--train.keep_checkpoints=100", "--train.epochs=6"]
+    command = pretrain(tmp_path, data, *options, name="killed", launcher=deepspeed(port))
+    process = start(command, start_new_session=True)
+    wait_for(lambda: len(list_checkpoints(tmp_path / "killed")) >= 4, process)
+    os.killpg(process.pid, signal.SIGKILL)
+    finish(process)
+    kill_stragglers(tmp_path)
+    interrupted = final_state(tmp_path, "killed")
+    assert 0 < interrupted.position["step"] < 6 * STEPS_PER_EPOCH
+
+    # Whatever was saved last, go on from the middle of an epoch.
+    for path in reversed(list_checkpoints(tmp_path / "killed")):
+        if load_checkpoint(path).position["step"] % STEPS_PER_EPOCH:
+            break
+        path.unlink()
+    assert_done(start(command))
+    assert "resuming from" in (tmp_path / "killed" / "train.log").read_text()
+    assert_done(start(pretrain(tmp_path, data, *options, name="whole", launcher=deepspeed(port))))
+    assert_same_state(final_state(tmp_path, "killed"), final_state(tmp_path, "whole"))
+    assert curve(tmp_path, "killed") == curve(tmp_path, "whole")
+
+
+def wait_for(condition, process, timeout_s=120):
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert process.poll() is None, finish(process)
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def kill_stragglers(runs_dir):
+    """DeepSpeed starts the ranks in sessions of their own: kill those that belong to this test."""
+    for entry in os.scandir("/proc"):
+        if entry.name.isdigit():
+            try:
+                with open(f"/proc/{entry.name}/cmdline", "rb") as file:  # noqa: PTH123
+                    mine = str(runs_dir).encode() in file.read()
+                if mine and int(entry.name) != os.getpid():
+                    os.kill(int(entry.name), signal.SIGKILL)
+            except (FileNotFoundError, ProcessLookupError):
+                continue
+
+
+def torn(data, folder):
+    path = folder / "torn.beton"
+    path.write_bytes(data.read_bytes()[:5000])
+    return path
+
+
+def foreign(data, folder):
+    path = folder / "foreign.beton"
+    path.write_bytes(b"PK\x03\x04" + bytes(4000))
+    return path
+
+
+def missing(data, folder):
+    return folder / "missing.beton"
+
+
+@pytest.mark.parametrize(
+    ("make_path", "overrides", "message"),
+    [
+        (missing, [], "missing.beton"),
+        (foreign, [], "foreign.beton"),
+        (torn, [], "torn.beton"),
+        (None, ["--optim.bas_lr=1"], "there is no option `optim.bas_lr`; did you mean `optim.base_lr`?"),
+        (None, ["--model.method=simclear"], "`model.method` must be one of 'simclr', got simclear"),
+        (None, ["--model.encoder.depth=20"], "`model.encoder.depth` must be one of 10, 18, 34, 50, 101, 152, got 20"),
+        (None, ["--model.temperature=-1"], "`model.temperature` must be"),
+        (None, ["--model.temperature=warm"], "`model.temperature` must be of type float, got warm"),
+        (None, ["--data.global_batch_size=500"], "`data.global_batch_size` must not exceed the 80 images"),
+        (None, ["--train.device=cuda"], "torch sees 0 GPUs"),
+        (None, ["--schedule.warmup_epochs=9"], "`schedule.warmup_epochs` must not exceed `train.epochs` 3, got 9"),
+        (None, ["--name=a/b"], "`name` must be a plain folder name"),
+        (None, ["--config=nowhere.yaml"], "nowhere.yaml"),
+    ],
+)
+def test_bad_input_gets_one_line_and_code_2_and_nothing_is_written(data, tmp_path, make_path, overrides, message):
+    path = make_path(data, tmp_path) if make_path else data
+    code, _, err = finish(start(pretrain(tmp_path / "runs", path, *overrides)))
+    assert code == 2, err
+    lines = [line for line in err.splitlines() if line.strip()]
+    assert len(lines) == 1, err
+    assert lines[0].startswith("error: ")
+    assert message in lines[0]
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_batch_that_the_ranks_cannot_share_names_the_nearest_sizes(data, tmp_path, port):
+    launcher = (BIN / "torchrun", "--nproc_per_node=3", f"--master_port={port}")
+    code, _, err = finish(start(pretrain(tmp_path / "runs", data, launcher=launcher)))
+    assert code != 0
+    told = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert told == ["error: `data.global_batch_size` must be divisible by world size 3, got 16; use 15 or 18"]
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.distributed
+def test_the_deepspeed_launcher_passes_code_2_on(data, tmp_path, port):
+    code, out, err = finish(start(pretrain(tmp_path / "runs", data, "--data.global_batch_size=15", launcher=deepspeed(port))))
+    assert code == 2, out + err
+    assert "must be divisible by world size 2, got 15; use 14 or 16" in err
+
+
+def test_a_run_directory_belongs_to_one_configuration(data, tmp_path):
+    run_dir = tmp_path / "run"
+    assert_done(start(pretrain(tmp_path, data, "--train.epochs=2")))
+    before = {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()}
+    code, _, err = finish(start(pretrain(tmp_path, data, "--train.epochs=2", "--optim.base_lr=0.5")))
+    assert code == 2
+    assert err.splitlines() == [
+        f"error: `optim.base_lr` is 0.3 in {run_dir}/config.yaml and 0.5 in this run; "
+        f"choose another `name`, or remove {run_dir} to start over"
+    ]
+    assert {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()} == before
+
+
+def test_a_damaged_checkpoint_is_refused_by_name(data, tmp_path):
+    assert_done(start(pretrain(tmp_path, data, "--train.epochs=2")))
+    path = latest_checkpoint(tmp_path / "run")
+    path.write_bytes(path.read_bytes()[:-100])
+    code, _, err = finish(start(pretrain(tmp_path, data, "--train.epochs=2")))
+    assert code == 2
+    assert f"error: {path}" in err
+    assert "Traceback" not in err
+
+
+def test_a_diverged_run_says_so(data, tmp_path):
+    overrides = ["--optim.base_lr=1e30", "--optim.trust_coefficient=1e30", "--schedule.warmup_epochs=0"]
+    code, _, err = finish(start(pretrain(tmp_path, data, *overrides)))
+    assert code == 1
+    assert "error: the loss is nan after step" in err

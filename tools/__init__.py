@@ -1,0 +1,1 @@
+"""Command-line tools around the data and the runs: `python -m tools.NAME`."""

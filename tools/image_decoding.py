@@ -1,0 +1,141 @@
+"""Decodes an image file of any common kind into upright 8-bit RGB.
+
+Rules, where viewers differ: transparent pixels are laid over white; 16-bit channels keep their high byte;
+CMYK is converted without a colour profile, as Pillow and TensorFlow do, and Adobe's inverted CMYK JPEGs are
+righted; EXIF orientation is applied; of an animation the first frame is taken. Colour profiles are ignored,
+as by every training library. A file that cannot be read whole is refused, never filled up with gray.
+
+Shapes: H height, W width; images are uint8 [H, W, 3].
+"""
+
+import io
+import struct
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError
+
+ImageArray = NDArray[np.uint8]
+
+# Decoded by Pillow itself. Others are no photographs, or are handed to foreign programs (EPS to Ghostscript).
+FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
+ORIENTATION_TAG = 0x0112
+UPRIGHT = 1
+MAX_FILE_BYTES = 1 << 30  # a film or an archive in the folder must not fill the memory
+
+# EXIF orientation → the turn that rights the image (TIFF 6.0, "Orientation").
+_RIGHTED: dict[int, Callable[[ImageArray], ImageArray]] = {
+    2: lambda image: image[:, ::-1],
+    3: lambda image: image[::-1, ::-1],
+    4: lambda image: image[::-1],
+    5: lambda image: image.transpose(1, 0, 2),
+    6: lambda image: image.transpose(1, 0, 2)[:, ::-1],
+    7: lambda image: image[::-1, ::-1].transpose(1, 0, 2),
+    8: lambda image: image.transpose(1, 0, 2)[::-1],
+}
+
+
+class UnusableImage(ValueError):
+    """A file that cannot become a sample; the message is the reason."""
+
+
+@contextmanager
+def codec_settings() -> Iterator[None]:
+    """Sets the libraries up for many decoding threads, for the block.
+
+    Pillow refuses decompression bombs and keeps quiet about flaws that do not touch pixels; OpenCV starts no
+    threads of its own. These settings belong to the process: enter this once, around the threads.
+    """
+    Image.init()  # Pillow registers the rarer formats only when asked
+    threads = cv2.getNumThreads()
+    cv2.setNumThreads(1)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module="PIL")
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            yield
+    finally:
+        cv2.setNumThreads(threads)
+
+
+def read_file(path: Path) -> bytes:
+    """The bytes of a regular file (opening a pipe or a device could block for ever)."""
+    try:
+        if not path.is_file():
+            raise UnusableImage("is not a regular file" if path.exists() else "no such file (a dangling link)")
+        if path.stat().st_size > MAX_FILE_BYTES:
+            raise UnusableImage(f"is too large: {path.stat().st_size} bytes, more than {MAX_FILE_BYTES}")
+        data = path.read_bytes()
+    except OSError as error:
+        raise UnusableImage(f"cannot be read: {error.strerror or error}") from error
+    if not data:
+        raise UnusableImage("is empty: 0 bytes")
+    return data
+
+
+def open_image(data: bytes) -> Image.Image:
+    """Recognises the format and reads the header; pixels are decoded later. Raises as Pillow does."""
+    image = Image.open(io.BytesIO(data), formats=FORMATS)
+    if image.format == "PNG":  # whose pixels have checksums, which `load` does not look at
+        Image.open(io.BytesIO(data), formats=FORMATS).verify()
+    return image
+
+
+def orientation(image: Image.Image) -> int:
+    """The EXIF orientation, 1 (upright) to 8; broken EXIF counts as upright."""
+    try:
+        value = image.getexif().get(ORIENTATION_TAG, UPRIGHT)
+    except (ValueError, SyntaxError, KeyError, TypeError, OSError, struct.error):
+        return UPRIGHT
+    return value if value in _RIGHTED else UPRIGHT
+
+
+def rgb_pixels(image: Image.Image) -> ImageArray:
+    """Decodes the whole image by Pillow: uint8 [H, W, 3], upright. Raises as Pillow does."""
+    image.load()
+    # Asked for after `load`: Pillow's TIFF reader turns the image itself.
+    return turn_upright(_to_rgb(image), orientation(image))
+
+
+def turn_upright(pixels: ImageArray, exif_orientation: int) -> ImageArray:
+    """Rights uint8 [H, W, 3] whose file has this EXIF orientation; [W, H, 3] from 5 on."""
+    if exif_orientation == UPRIGHT:
+        return pixels
+    return np.ascontiguousarray(_RIGHTED[exif_orientation](pixels))
+
+
+@contextmanager
+def reasons() -> Iterator[None]:
+    """Turns whatever a malformed file raises in the codecs into `UnusableImage`.
+
+    Pillow's plugins parse untrusted bytes and let errors of a dozen types through (struct.error, IndexError,
+    SyntaxError, MemoryError…). One odd file among a million must not end a conversion.
+    """
+    try:
+        yield
+    except UnusableImage:
+        raise
+    except UnidentifiedImageError as error:
+        raise UnusableImage("is not an image of a known format, or not whole") from error
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise UnusableImage(f"is too large to be decoded: {error}") from error
+    except Exception as error:
+        message = " ".join(str(error).split()) or type(error).__name__
+        raise UnusableImage(f"cannot be decoded: {message}") from error
+
+
+def _to_rgb(image: Image.Image) -> ImageArray:
+    if image.mode.startswith("I;16"):
+        gray = (np.asarray(image) >> 8).astype(np.uint8)
+        return np.repeat(gray[:, :, None], 3, axis=2)
+    if image.mode in ("I", "F"):
+        raise UnusableImage("has 32-bit samples, whose range is not known; convert it to 8 or 16 bits")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return np.asarray(image.convert("RGB"))

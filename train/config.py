@@ -1,0 +1,178 @@
+"""The configuration of a pretraining run: YAML plus dotted overrides, checked before anything is allocated.
+
+Each part of the product keeps its own configuration beside its code; this file puts them together, parses them, and
+checks what only concerns several parts at once. The resolved configuration is written into the run directory, and a
+run directory belongs to one configuration.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from jsonargparse import ArgumentParser, Namespace
+
+from model.build import ModelConfig
+from pipelines.build import DataConfig
+from pipelines.recipe import AugmentConfig
+from train.cli import parse
+from train.optim.lars import LARSConfig
+from train.schedule import ScheduleConfig
+
+CONFIG_FILE = "config.yaml"
+
+ADJUSTABLE = frozenset(
+    {
+        "runs_dir",
+        "data.path",  # a set may move; the loader's state proves that it is the same one
+        "data.num_threads",
+        "data.batches_ahead",
+        "data.on_error",
+        "train.cpu_threads",
+        "train.log_every",
+        "train.checkpoint_every",
+        "train.keep_checkpoints",
+    }
+)
+"""What may differ when a run is resumed: none of it changes what is learned."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """The loop and its machine."""
+
+    epochs: int = 100
+    """Passes over the set."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """`auto`: the GPUs that there are, else the CPU."""
+    precision: Literal["bf16", "fp32"] = "bf16"
+    """`bf16`: autocast to bfloat16, with float32 weights, losses and statistics."""
+    cpu_threads: int = 0
+    """Threads that each rank computes with on the CPU; 0: its share of the machine's cores."""
+    log_every: int = 10
+    """Steps between two lines of metrics."""
+    checkpoint_every: int = 0
+    """Steps between two checkpoints, beside the one at the end of each epoch; 0: those alone."""
+    keep_checkpoints: int = 2
+    """How many of the latest checkpoints stay."""
+
+    def __post_init__(self) -> None:
+        for name, low in (
+            ("epochs", 1),
+            ("cpu_threads", 0),
+            ("log_every", 1),
+            ("checkpoint_every", 0),
+            ("keep_checkpoints", 1),
+        ):
+            if getattr(self, name) < low:
+                raise ValueError(f"`train.{name}` must be at least {low}, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainConfig:
+    """One pretraining run."""
+
+    name: str
+    """Of the run; its directory is `runs_dir/name`."""
+    data: DataConfig
+    augment: AugmentConfig = AugmentConfig()
+    model: ModelConfig = ModelConfig()
+    optim: LARSConfig = LARSConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    train: TrainConfig = TrainConfig()
+    seed: int = 0
+    """Of the weights, the order and every view."""
+    runs_dir: str = "runs"
+    """Where run directories are made."""
+
+    def __post_init__(self) -> None:
+        if not self.name or Path(self.name).name != self.name:
+            raise ValueError(f"`name` must be a plain folder name, got {self.name!r}")
+        if self.schedule.warmup_epochs > self.train.epochs:
+            raise ValueError(
+                f"`schedule.warmup_epochs` must not exceed `train.epochs` {self.train.epochs}, "
+                f"got {self.schedule.warmup_epochs}; shorten the warm-up"
+            )
+
+    @property
+    def run_dir(self) -> Path:
+        """The run's directory."""
+        return Path(self.runs_dir) / self.name
+
+
+def parse_pretrain_config(arguments: Sequence[str] | None = None) -> PretrainConfig:
+    """Read `--config FILE.yaml` and `--section.field value` overrides; later ones win.
+
+    Raises:
+        ValueError: an unknown key or a value outside its choices; one line.
+    """
+    parser = ArgumentParser(prog="pretrain.py", description="Pretrain an encoder without labels.", exit_on_error=False)
+    parser.add_argument("--config", action="config", help="a YAML file; later arguments override it")
+    parser.add_argument("--local_rank", type=int, default=-1, help="set by the deepspeed launcher; not used")
+    parser.add_class_arguments(PretrainConfig)
+    return _build(PretrainConfig, parser, parse(parser, arguments))
+
+
+def config_from_dict(resolved: dict[str, Any]) -> PretrainConfig:
+    """The configuration that a checkpoint or a run directory holds.
+
+    Raises:
+        ValueError: an unknown key or value, as from another version.
+    """
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(PretrainConfig)
+    return _build(PretrainConfig, parser, parser.parse_object(resolved))
+
+
+def _build(kind: type[PretrainConfig], parser: ArgumentParser, parsed: Namespace) -> PretrainConfig:
+    values = parser.instantiate_classes(parsed)
+    return kind(**{name: values[name] for name in kind.__dataclass_fields__})
+
+
+def claim_run_dir(config: PretrainConfig) -> None:
+    """Make the run directory and write the resolved configuration, or check that it belongs to this run.
+
+    Raises:
+        ValueError: the directory holds a run of another configuration.
+    """
+    path = config.run_dir / CONFIG_FILE
+    ours = _flatten(asdict(config))
+    if path.exists():
+        theirs = _flatten(yaml.safe_load(path.read_text()))
+        for key in sorted(ours.keys() | theirs.keys()):
+            if key not in ADJUSTABLE and _plain(ours.get(key)) != theirs.get(key):
+                raise ValueError(
+                    f"`{key}` is {theirs.get(key)} in {path} and {_plain(ours.get(key))} in this run; "
+                    f"choose another `name`, or remove {config.run_dir} to start over"
+                )
+        return
+    config.run_dir.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    temporary.write_text(yaml.safe_dump(resolved_dict(config), sort_keys=False))
+    temporary.replace(path)
+
+
+def resolved_dict(config: PretrainConfig) -> dict[str, Any]:
+    """The configuration as plain YAML values."""
+    plain: dict[str, Any] = _plain(asdict(config))
+    return plain
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def _flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in nested.items():
+        if isinstance(value, dict):
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat

@@ -1,0 +1,116 @@
+"""Representations of a whole set: by a learned encoder, by its randomly initialised twin, or the pixels
+themselves.
+
+Every image is seen once, as its central square resized to the side that the encoder was trained on,
+normalised as in training; the encoder is in evaluation mode.
+
+Legend: n samples, D width of the representation.
+"""
+
+from __future__ import annotations
+
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from model.build import build_method
+from pipelines.batch import Loader
+from pipelines.beton import open_beton
+from pipelines.build import DataConfig, build_loader
+from pipelines.recipe import center_recipe
+from train.checkpoint import Checkpoint
+from train.config import PretrainConfig, config_from_dict
+
+Representation = Literal["learned", "random", "pixels"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Features:
+    """Representations and labels of a set.
+
+    Attributes:
+        values: float32 [n, D], on the CPU.
+        labels: int64 [n], on the CPU.
+    """
+
+    values: Tensor
+    labels: Tensor
+
+
+def build_encoder(representation: Representation, checkpoint: Checkpoint) -> nn.Module:
+    """What maps views [N, 3, H, W] to representations [N, D], in evaluation mode on the CPU.
+
+    `random` is the network that the checkpoint's run started from, but for the residual branches, which SimCLR closes
+    at the start (γ = 0) and which are open here: a far stronger baseline, and so the fairer one.
+
+    Raises:
+        ValueError: the checkpoint's configuration is of another version.
+    """
+    if representation == "pixels":
+        return nn.Flatten()
+    config = config_from_dict(checkpoint.config)
+    method = build_method(config.model, config.seed)
+    if representation == "learned":
+        method.load_state_dict(checkpoint.model)
+    if representation == "random":
+        open_residual_branches(method.encoder)
+    return method.encoder.eval()
+
+
+def open_residual_branches(encoder: nn.Module) -> None:
+    """Set every norm's scale to 1."""
+    for name, parameter in encoder.named_parameters():
+        if parameter.ndim == 1 and name.endswith("weight"):
+            nn.init.ones_(parameter)
+
+
+def represent(
+    encoder: nn.Module, data: str | Path, config: PretrainConfig, *, device: torch.device, num_cores: int
+) -> Features:
+    """Represent every image of a `.beton`, in its order.
+
+    Args:
+        encoder: from `build_encoder`.
+        data: the labelled file.
+        config: of the run, for the side and the normalisation of the views.
+        device: to compute on.
+        num_cores: threads for decoding.
+
+    Raises:
+        ValueError: the file is missing, damaged or has no labels.
+    """
+    with closing(_center_loader(data, config, device, num_cores)) as loader:
+        return _extract(encoder.to(device).to(memory_format=torch.channels_last), loader)
+
+
+@torch.inference_mode()
+def _extract(encoder: nn.Module, loader: Loader) -> Features:
+    values: list[Tensor] = []
+    labels: list[Tensor] = []
+    for batch in loader.epoch(0):
+        values.append(encoder(batch.views[0]).float().cpu())
+        labels.append(batch.labels.cpu())
+    return Features(values=torch.cat(values), labels=torch.cat(labels))
+
+
+def _center_loader(data: str | Path, config: PretrainConfig, device: torch.device, num_cores: int) -> Loader:
+    """Every image of a labelled file once, in its order, as a central view."""
+    beton = open_beton(data)
+    if beton.labels is None:
+        raise ValueError(f"{data} has no labels to evaluate with; convert a folder with one folder for each class")
+    return build_loader(
+        DataConfig(path=str(data), global_batch_size=config.data.global_batch_size),
+        beton,
+        center_recipe(config.augment),
+        seed=0,
+        rank=0,
+        world_size=1,
+        device=device,
+        dtype=torch.float32,
+        num_cores=num_cores,
+        training=False,
+    )

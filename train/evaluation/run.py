@@ -1,0 +1,106 @@
+"""One evaluation from start to end: checkpoint → representations → accuracy by number of labels → JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+from train.checkpoint import latest_checkpoint, load_checkpoint
+from train.config import config_from_dict
+from train.evaluation.features import Features, Representation, build_encoder, represent
+from train.evaluation.few_shot import Accuracies, Protocol, few_shot_accuracy
+from train.runtime import choose_device, cores_per_rank, read_ranks
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """What is evaluated, on which data, with how many labels."""
+
+    checkpoint: str
+    """A checkpoint, or a run directory, whose latest one is taken."""
+    train_data: str
+    """The `.beton` whose labels are used."""
+    test_data: str
+    """The `.beton` that accuracy is measured on."""
+    representation: Representation = "learned"
+    """`learned`; `random`: the network that the run started from; `pixels`: none at all."""
+    labels_per_class: tuple[int, ...] = ()
+    """Labels of each class that are used, beside all of them: for instance [1, 5, 20]."""
+    num_seeds: int = 5
+    """Random subsets of each such size; means and standard deviations are over them."""
+    k: int = 20
+    """Neighbours that vote (`knn` alone)."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """`auto`: a GPU if there is one."""
+    output_dir: str | None = None
+    """Where `PROTOCOL-REPRESENTATION.json` is written; by default `evaluation/` in the run directory."""
+
+
+def evaluate(protocols: Sequence[Protocol], config: EvaluateConfig) -> dict[Protocol, Accuracies]:
+    """Represent both sets once, apply each protocol, and write a JSON file for each.
+
+    Returns:
+        Accuracy by number of labels, for each protocol.
+
+    Raises:
+        ValueError: a file is missing, damaged or unlabelled, or a class has too few samples.
+    """
+    path = find_checkpoint(Path(config.checkpoint))
+    train, test = _represent_both(path, config)
+    results: dict[Protocol, Accuracies] = {}
+    for protocol in protocols:
+        results[protocol] = few_shot_accuracy(
+            protocol,
+            train.values,
+            train.labels,
+            test.values,
+            test.labels,
+            label_counts=(*config.labels_per_class, "all"),
+            num_seeds=config.num_seeds,
+            k=config.k,
+        )
+        output = output_path(protocol, config)
+        output.parent.mkdir(parents=True, exist_ok=True)
+        record = {
+            "protocol": protocol,
+            **asdict(config),
+            "checkpoint": str(path),
+            "accuracy": results[protocol],
+        }
+        output.write_text(json.dumps(record, indent=2) + "\n")
+    return results
+
+
+def output_path(protocol: Protocol, config: EvaluateConfig) -> Path:
+    """Where the result of a protocol is written."""
+    run_dir = find_checkpoint(Path(config.checkpoint)).parent.parent
+    return Path(config.output_dir or run_dir / "evaluation") / f"{protocol}-{config.representation}.json"
+
+
+def find_checkpoint(path: Path) -> Path:
+    """The checkpoint file that a user means: itself, or the latest of a run directory.
+
+    Raises:
+        ValueError: the directory holds none.
+    """
+    if not path.is_dir():
+        return path
+    latest = latest_checkpoint(path)
+    if latest is None:
+        raise ValueError(f"there is no checkpoint in {path}/checkpoints; train first, or give a checkpoint file")
+    return latest
+
+
+def _represent_both(path: Path, config: EvaluateConfig) -> tuple[Features, Features]:
+    ranks = read_ranks()
+    device, num_cores = choose_device(config.device, ranks), cores_per_rank(ranks)
+    checkpoint = load_checkpoint(path)
+    encoder, trained = build_encoder(config.representation, checkpoint), config_from_dict(checkpoint.config)
+    train, test = (
+        represent(encoder, data, trained, device=device, num_cores=num_cores)
+        for data in (config.train_data, config.test_data)
+    )
+    return train, test

@@ -1,0 +1,178 @@
+"""The training loop: epochs of batches from the loader, through the engine, into metrics and checkpoints.
+
+It reads from top to bottom; what can be a pure function of the step is one. A run is resumed by loading the latest
+checkpoint of its directory and going on with the next batch of the same epoch.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from typing import NoReturn
+
+from torch import Tensor
+from torch.optim import Optimizer
+from tqdm import tqdm
+
+from model.methods.base import Method
+from pipelines.batch import Batch, Loader
+from train.checkpoint import (
+    Checkpoint,
+    checkpoint_path,
+    latest_checkpoint,
+    load_checkpoint,
+    prune_checkpoints,
+    save_checkpoint,
+)
+from train.cli import RunFailed
+from train.config import PretrainConfig, resolved_dict
+from train.engine import Engine
+from train.metrics import MetricsWriter
+from train.optim.lars import peak_lr
+from train.optim.param_groups import load_state_by_name, state_by_name
+from train.runtime import Ranks, package_versions
+from train.schedule import learning_rate, num_warmup_steps
+
+logger = logging.getLogger(__name__)
+
+
+class Stopwatch:
+    """Times the steps since the last line of metrics: images a second, and the share spent waiting for data."""
+
+    def __init__(self) -> None:
+        self._start = time.perf_counter()
+        self._images = 0
+        self._waiting = 0.0
+
+    def record(self, num_images: int, waited: float) -> None:
+        """Count one step: images over all ranks, and the seconds in which this rank waited for them."""
+        self._images += num_images
+        self._waiting += waited
+
+    def read(self) -> dict[str, float]:
+        """What was measured since the last reading; starts again."""
+        elapsed = time.perf_counter() - self._start
+        figures = {"images_per_sec": self._images / elapsed, "data_wait": self._waiting / elapsed}
+        self._start, self._images, self._waiting = time.perf_counter(), 0, 0.0
+        return figures
+
+
+class Pretraining:
+    """A run between its set-up and its end.
+
+    Args:
+        config: the run's.
+        method: what is trained; its weights are those of the seed until `restore` replaces them.
+        optimizer: over the method's parameters.
+        engine: steps both.
+        loader: of this rank's batches.
+        ranks: of this process.
+    """
+
+    def __init__(
+        self,
+        config: PretrainConfig,
+        method: Method,
+        optimizer: Optimizer,
+        engine: Engine,
+        loader: Loader,
+        ranks: Ranks,
+    ) -> None:
+        self.config, self.method, self.optimizer = config, method, optimizer
+        self.engine, self.loader, self.ranks = engine, loader, ranks
+        self.step = 0  # optimizer steps done
+        self.steps_per_epoch = len(loader)
+        self.total_steps = config.train.epochs * self.steps_per_epoch
+        self.warmup_steps = num_warmup_steps(
+            config.schedule, steps_per_epoch=self.steps_per_epoch, total_steps=self.total_steps
+        )
+        self.peak_lr = peak_lr(config.optim, config.data.global_batch_size)
+        self._start = (0, 0)  # epoch and batch
+
+    def restore(self) -> None:
+        """Go to where the run's latest checkpoint stands; stay at the start where there is none.
+
+        Raises:
+            ValueError: the checkpoint is damaged, foreign, or of other data.
+        """
+        path = latest_checkpoint(self.config.run_dir)
+        if path is None:
+            return
+        checkpoint = load_checkpoint(path)
+        self._start = self.loader.load_state_dict(checkpoint.loader)
+        self.method.load_state_dict(checkpoint.model)
+        load_state_by_name(self.optimizer, checkpoint.optimizer)
+        self.step = checkpoint.position["step"]
+        logger.info("resuming from %s: epoch %d, batch %d", path, *self._start)
+
+    def run(self) -> None:
+        """Train until the last epoch is done. All ranks must call."""
+        is_main = self.ranks.rank == 0
+        with (
+            MetricsWriter(self.config.run_dir, enabled=is_main, resume_step=self.step) as writer,
+            tqdm(
+                total=self.total_steps,
+                initial=self.step,
+                unit="step",
+                desc=self.config.name,
+                disable=not is_main,
+                dynamic_ncols=True,
+                mininterval=1.0,
+            ) as bar,
+        ):
+            first_epoch, first_batch = self._start
+            for epoch in range(first_epoch, self.config.train.epochs):
+                self._run_epoch(epoch, first_batch if epoch == first_epoch else 0, writer, bar)
+        logger.info("done: %d steps", self.step)
+
+    def _run_epoch(self, epoch: int, start_batch: int, writer: MetricsWriter, bar: tqdm[NoReturn]) -> None:
+        train = self.config.train
+        batches = self.loader.epoch(epoch, start_batch)
+        watch = Stopwatch()
+        for done in range(start_batch + 1, self.steps_per_epoch + 1):
+            asked = time.perf_counter()
+            batch = next(batches)
+            waited = time.perf_counter() - asked
+            metrics, lr = self._train_step(batch)
+            watch.record(self.config.data.global_batch_size, waited)
+            bar.update()
+            if self.step % train.log_every == 0 or done == self.steps_per_epoch:
+                means = self.engine.mean_over_ranks(metrics)
+                self._log(writer, bar, {"epoch": epoch, "lr": lr} | means | watch.read())
+            if done == self.steps_per_epoch or (train.checkpoint_every and self.step % train.checkpoint_every == 0):
+                self._save()
+
+    def _train_step(self, batch: Batch) -> tuple[dict[str, Tensor], float]:
+        lr = learning_rate(
+            self.step, peak_lr=self.peak_lr, total_steps=self.total_steps, warmup_steps=self.warmup_steps
+        )
+        loss, metrics = self.engine.train_step(batch.views, lr)
+        self.step += 1
+        self.method.after_step(self.step)
+        return {"loss": loss} | metrics, lr
+
+    def _log(self, writer: MetricsWriter, bar: tqdm[NoReturn], metrics: dict[str, float]) -> None:
+        """Write a line of metrics, and stop a run whose loss is no longer a number."""
+        writer.write(self.step, metrics)
+        bar.set_postfix(loss=f"{metrics['loss']:.3f}", img_s=f"{metrics['images_per_sec']:.0f}", refresh=False)
+        if not math.isfinite(metrics["loss"]):
+            raise RunFailed(
+                f"the loss is {metrics['loss']} after step {self.step} of {self.total_steps}; "
+                "lower `optim.base_lr` or lengthen `schedule.warmup_epochs`, and start again"
+            )
+
+    def _save(self) -> None:
+        """Write a checkpoint on rank 0; the state is the same on all ranks."""
+        if self.ranks.rank != 0:
+            return
+        checkpoint = Checkpoint(
+            model=self.method.state_dict(),
+            optimizer=state_by_name(self.optimizer),
+            position={"step": self.step},
+            config=resolved_dict(self.config),
+            versions=package_versions(),
+            loader=self.loader.state_dict(),
+        )
+        save_checkpoint(checkpoint_path(self.config.run_dir, self.step), checkpoint)
+        prune_checkpoints(self.config.run_dir, self.config.train.keep_checkpoints)

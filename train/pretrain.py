@@ -1,0 +1,76 @@
+"""Pretrain an encoder: `deepspeed train/pretrain.py --config configs/….yaml --data.path ….beton --name …`.
+
+Also under `torchrun`, and plainly under `python`. Everything that the user could have got wrong is checked before a
+process group, a model or a folder exists.
+"""
+
+import sys
+from pathlib import Path
+
+if not __package__:  # started as a file: put the project's root, not this folder, on the path
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import torch
+
+from model.build import build_method
+from pipelines.beton import open_beton
+from pipelines.build import build_loader, check_batch_size
+from pipelines.recipe import build_recipe
+from train.cli import run
+from train.config import claim_run_dir, parse_pretrain_config
+from train.engine import Engine, init_process_group
+from train.loop import Pretraining
+from train.optim.lars import LARS
+from train.optim.param_groups import param_groups
+from train.runtime import choose_device, configure_logging, cores_per_rank, read_ranks
+
+
+def main() -> None:
+    """Check, set up, train."""
+    config = parse_pretrain_config()
+    ranks = read_ranks()
+    beton = open_beton(config.data.path)
+    check_batch_size(config.data.global_batch_size, ranks.world_size, beton.num_samples)
+    device = choose_device(config.train.device, ranks)
+    claim_run_dir(config)
+    configure_logging(config.run_dir, ranks)
+
+    num_cores = cores_per_rank(ranks)
+    torch.set_num_threads(config.train.cpu_threads or num_cores)
+    init_process_group(device)
+    method = build_method(config.model, config.seed)
+    optimizer = LARS(
+        param_groups(method, config.optim.weight_decay),
+        lr=0.0,  # the schedule sets it before each step
+        momentum=config.optim.momentum,
+        trust_coefficient=config.optim.trust_coefficient,
+    )
+    engine = Engine(
+        method,
+        optimizer,
+        ranks=ranks,
+        device=device,
+        precision=config.train.precision,
+        local_batch_size=config.data.global_batch_size // ranks.world_size,
+    )
+    loader = build_loader(
+        config.data,
+        beton,
+        build_recipe(config.augment),
+        seed=config.seed,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        device=device,
+        dtype=torch.bfloat16 if config.train.precision == "bf16" else torch.float32,
+        num_cores=num_cores,
+    )
+    try:
+        pretraining = Pretraining(config, method, optimizer, engine, loader, ranks)
+        pretraining.restore()
+        pretraining.run()
+    finally:
+        loader.close()
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,107 @@
+"""The process and its machine: ranks, device, threads, logs, versions."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import logging
+import os
+import platform
+import socket
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from train.cli import UnfitEnvironment
+
+PACKAGES = ("torch", "torchvision", "deepspeed", "ffcv", "numba", "numpy", "nvidia-dali-cuda130")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ranks:
+    """Where this process stands among those that the launcher started."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+
+
+def read_ranks() -> Ranks:
+    """The ranks that `deepspeed` or `torchrun` put into the environment; a plain `python` run is rank 0 of 1.
+
+    The variables that are missing are set, since DeepSpeed would otherwise go looking for MPI.
+    """
+    for name, default in (
+        ("RANK", "0"),
+        ("WORLD_SIZE", "1"),
+        ("LOCAL_RANK", "0"),
+        ("MASTER_ADDR", "127.0.0.1"),
+    ):
+        os.environ.setdefault(name, default)
+    if "MASTER_PORT" not in os.environ:
+        os.environ["MASTER_PORT"] = str(_free_port())
+    world_size = int(os.environ["WORLD_SIZE"])
+    return Ranks(
+        rank=int(os.environ["RANK"]),
+        world_size=world_size,
+        local_rank=int(os.environ["LOCAL_RANK"]),
+        local_world_size=int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world_size),
+    )
+
+
+def choose_device(wanted: Literal["auto", "cpu", "cuda"], ranks: Ranks) -> torch.device:
+    """The device of this rank.
+
+    Raises:
+        UnfitEnvironment: a GPU was asked for and there is none for this rank.
+    """
+    num_gpus = torch.cuda.device_count() if wanted != "cpu" else 0
+    if wanted == "cpu" or (wanted == "auto" and num_gpus == 0):
+        os.environ["DS_ACCELERATOR"] = "cpu"
+        return torch.device("cpu")
+    if num_gpus <= ranks.local_rank:
+        raise UnfitEnvironment(
+            f"`train.device` is {wanted} and rank {ranks.rank} needs GPU number {ranks.local_rank}, but torch sees "
+            f"{num_gpus} GPUs; start fewer ranks, or use `--train.device cpu`"
+        )
+    device = torch.device("cuda", ranks.local_rank)
+    torch.cuda.set_device(device)
+    return device
+
+
+def cores_per_rank(ranks: Ranks) -> int:
+    """The CPU cores that this process may use, shared fairly between the ranks of its machine."""
+    return max(1, len(os.sched_getaffinity(0)) // ranks.local_world_size)
+
+
+def configure_logging(run_dir: Path, ranks: Ranks) -> None:
+    """Log to the run directory, a file a rank, and on rank 0 warnings to the console as well."""
+    name = "train.log" if ranks.rank == 0 else f"train.rank{ranks.rank}.log"
+    file = logging.FileHandler(run_dir / name)
+    file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    console = logging.StreamHandler(sys.stderr)
+    console.setLevel(logging.WARNING)
+    console.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
+    root = logging.getLogger()
+    root.handlers = [file, console] if ranks.rank == 0 else [file]
+    root.setLevel(logging.INFO)
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of what the result depends on."""
+    versions = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    return versions
+
+
+def _free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return int(server.getsockname()[1])
