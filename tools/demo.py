@@ -2,7 +2,8 @@
 
 `python -m tools.demo` (or `make demo`) runs the commands that a user would, on scikit-learn's handwritten digits, with
 two CPU ranks or the GPUs that there are. Labels are used in the evaluation alone, which is on digits that pretraining
-never saw. It ends with a table, `runs/demo/summary.json` and `runs/demo/report.html`.
+never saw. It ends with a table, `runs/demo/summary.json` and `runs/demo/report.html`. Arguments are passed on to
+`train/pretrain.py`, as in `python -m tools.demo --train.epochs 10`.
 """
 
 from __future__ import annotations
@@ -29,7 +30,6 @@ from train.evaluation.run import EvaluateConfig, evaluate
 from train.metrics import read_metrics
 
 CONFIG = Path("configs/digits_demo.yaml")
-DATA = Path("data/digits")
 KINDS: tuple[Representation, ...] = get_args(Representation)
 PROTOCOLS: tuple[Protocol, ...] = get_args(Protocol)
 LABELS_PER_CLASS = (1, 5, 20)
@@ -38,31 +38,23 @@ NUM_CPU_RANKS = 2
 
 def main() -> None:
     """Run all steps."""
-    config = parse_pretrain_config(["--config", str(CONFIG)])
+    arguments = ["--config", str(CONFIG), *sys.argv[1:]]
+    config = parse_pretrain_config(arguments)
+    data = Path(config.data.path).parent
     print("1/4  scikit-learn's handwritten digits → folders of PNGs → .beton")
-    write_digits(DATA)
+    write_digits(data)
     for split in ("train", "test"):
-        call(
-            [
-                sys.executable,
-                "-m",
-                "tools.convert",
-                DATA / split,
-                DATA / f"{split}.beton",
-                "--encode",
-                "raw",
-                "--force",
-            ]
-        )
+        beton = data / f"{split}.beton"
+        call([sys.executable, "-m", "tools.convert", data / split, beton, "--encode", "raw", "--force"])
 
     print("\n2/4  pretraining without labels")
     shutil.rmtree(config.run_dir, ignore_errors=True)  # a demo starts anew; any other run would be resumed
     started = time.perf_counter()
-    call([*launcher(), "train/pretrain.py", "--config", CONFIG])
+    call([*launcher(), "train/pretrain.py", *arguments])
     train_seconds = time.perf_counter() - started
 
     print("\n3/4  evaluating on held-out digits")
-    accuracy = {kind: evaluate(PROTOCOLS, evaluation(config.run_dir, kind)) for kind in KINDS}
+    accuracy = {kind: evaluate(PROTOCOLS, evaluation(config.run_dir, data, kind)) for kind in KINDS}
     summary = {
         "images_per_sec": images_per_sec(config.run_dir, config.data.global_batch_size),
         "train_seconds": train_seconds,
@@ -83,12 +75,12 @@ def launcher() -> list[str | Path]:
     return command if torch.cuda.is_available() else [*command, "--num_gpus", str(NUM_CPU_RANKS)]
 
 
-def evaluation(run_dir: Path, kind: Representation) -> EvaluateConfig:
+def evaluation(run_dir: Path, data: Path, kind: Representation) -> EvaluateConfig:
     """What is evaluated for one row of the table."""
     return EvaluateConfig(
         checkpoint=str(run_dir),
-        train_data=str(DATA / "train.beton"),
-        test_data=str(DATA / "test.beton"),
+        train_data=str(data / "train.beton"),
+        test_data=str(data / "test.beton"),
         representation=kind,
         labels_per_class=LABELS_PER_CLASS,
     )

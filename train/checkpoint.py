@@ -52,13 +52,13 @@ class Checkpoint:
     optimizer: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     """`{parameter name: {slot: tensor}}`, as `train.optim.param_groups.state_by_name` gives it."""
     position: dict[str, Any] = field(default_factory=dict)
-    """Where the run stands: `epoch`, `next_batch`, `step` and whatever else the loop counts."""
+    """Where the run stands: `step`, and whatever else the loop counts."""
     config: dict[str, Any] = field(default_factory=dict)
     """The resolved configuration."""
     versions: dict[str, str] = field(default_factory=dict)
     """Package versions that wrote it."""
     loader: dict[str, Any] = field(default_factory=dict)
-    """What identifies the data and its order, such as the dataset's checksum and the seed."""
+    """Where the loader stands, and what identifies its data and their order."""
 
 
 def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:

@@ -129,7 +129,7 @@ def config_from_dict(resolved: dict[str, Any]) -> PretrainConfig:
 
 
 def _build(kind: type[PretrainConfig], parser: ArgumentParser, parsed: Namespace) -> PretrainConfig:
-    values = parser.instantiate_classes(parsed)
+    values = parser.instantiate(parsed)
     return kind(**{name: values[name] for name in kind.__dataclass_fields__})
 
 

@@ -30,7 +30,7 @@ def main() -> None:
         command.add_class_arguments(EvaluateConfig)
         commands.add_subcommand(name, command, help=help_text)
     parsed = parse(parser)
-    values = parser.instantiate_classes(parsed)[parsed.protocol]
+    values = parser.instantiate(parsed)[parsed.protocol]
     config = EvaluateConfig(**{name: values[name] for name in EvaluateConfig.__dataclass_fields__})
     for labels, figure in evaluate([parsed.protocol], config)[parsed.protocol].items():
         percent = f"{100 * figure['mean']:5.1f} % ± {100 * figure['std']:.1f}"

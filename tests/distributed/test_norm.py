@@ -31,9 +31,7 @@ def check_everything(rank):
 
 def check_two_dimensions(rank):
     for seed, memory_format in enumerate((torch.contiguous_format, torch.channels_last)):
-        x, dy = (
-            t.contiguous(memory_format=memory_format) for t in data((CHANNELS, 5, 3), torch.float64, seed)
-        )
+        x, dy = (t.contiguous(memory_format=memory_format) for t in data((CHANNELS, 5, 3), torch.float64, seed))
         ours = GlobalBatchNorm2d(CHANNELS, momentum=0.3).double()
         theirs = nn.BatchNorm2d(CHANNELS, momentum=0.3).double()
         y = compare(rank, ours, theirs, x, dy, rtol=1e-12, atol=1e-12)
@@ -75,9 +73,7 @@ def check_evaluation_is_local(rank):
 
 
 def check_empty_rank_is_refused(rank):
-    with pytest.raises(
-        ValueError, match=rf"at least one row on every rank, got shape \(0, 6\) on rank {rank}"
-    ):
+    with pytest.raises(ValueError, match=rf"at least one row on every rank, got shape \(0, 6\) on rank {rank}"):
         GlobalBatchNorm1d(CHANNELS)(torch.empty(0, CHANNELS))
 
 

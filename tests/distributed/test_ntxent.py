@@ -73,9 +73,7 @@ def check_parameter_gradients_average():
 
 
 def check_reference_is_refused():
-    with pytest.raises(
-        ValueError, match="backend 'reference' serves one process, got world size 4; use 'tiled'"
-    ):
+    with pytest.raises(ValueError, match="backend 'reference' serves one process, got world size 4; use 'tiled'"):
         nt_xent(torch.ones(2, 3), torch.ones(2, 3), temperature=0.1, backend="reference")
 
 

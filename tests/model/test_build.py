@@ -25,9 +25,7 @@ def test_weights_depend_on_the_seed_alone():
     assert first.keys() == again.keys()
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert not torch.equal(first["encoder.conv1.weight"], other["encoder.conv1.weight"])
-    assert not torch.equal(
-        first["projection_head.layers.0.0.weight"], other["projection_head.layers.0.0.weight"]
-    )
+    assert not torch.equal(first["projection_head.layers.0.0.weight"], other["projection_head.layers.0.0.weight"])
 
 
 def test_the_configuration_arrives():

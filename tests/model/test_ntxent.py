@@ -104,9 +104,7 @@ def test_float32_is_exact_to_its_rounding(temperature):
 def test_extreme_similarities_stay_exact(dtype):
     """At τ = 0.01 fp32 can hold neither e^(1/τ) nor e^(−1/τ)."""
     z1 = torch.eye(4, dtype=dtype).requires_grad_()
-    z2 = (
-        (-z1).detach().requires_grad_()
-    )  # each positive is the row's least similar: ℓ = log((6 + e^−100)/e^−100)
+    z2 = (-z1).detach().requires_grad_()  # each positive is the row's least similar: ℓ = log((6 + e^−100)/e^−100)
     loss = nt_xent(z1, z2, temperature=0.01).loss
     assert loss.item() == pytest.approx(100 + math.log(6), rel=1e-6)
     assert all(g.isfinite().all() for g in gradients(loss, z1, z2))

@@ -19,9 +19,7 @@ def method():
 def test_loss_of_both_views_as_one_batch(method):
     views = [torch.randn(6, 3, 8, 8), torch.randn(6, 3, 8, 8) + 1]
     loss, metrics = method(views)
-    assert (
-        method.encoder.bn1.num_batches_tracked == 1
-    )  # one pass, hence one set of statistics, for both views
+    assert method.encoder.bn1.num_batches_tracked == 1  # one pass, hence one set of statistics, for both views
     z = method.projection_head(method.encoder(torch.cat(views)))
     expected = nt_xent(z[:6], z[6:], temperature=0.2, backend="reference")
     torch.testing.assert_close(loss, expected.loss)

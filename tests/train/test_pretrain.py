@@ -192,7 +192,9 @@ def test_a_batch_that_the_ranks_cannot_share_names_the_nearest_sizes(data, tmp_p
 
 @pytest.mark.distributed
 def test_the_deepspeed_launcher_passes_code_2_on(data, tmp_path, port):
-    code, out, err = finish(start(pretrain(tmp_path / "runs", data, "--data.global_batch_size=15", launcher=deepspeed(port))))
+    code, out, err = finish(
+        start(pretrain(tmp_path / "runs", data, "--data.global_batch_size=15", launcher=deepspeed(port)))
+    )
     assert code == 2, out + err
     assert "must be divisible by world size 2, got 15; use 14 or 16" in err
 

@@ -1,8 +1,7 @@
-"""Representations of a whole set: by a learned encoder, by its randomly initialised twin, or the pixels
-themselves.
+"""Represent a whole set: by a learned encoder, by its randomly initialised twin, or by the pixels themselves.
 
-Every image is seen once, as its central square resized to the side that the encoder was trained on,
-normalised as in training; the encoder is in evaluation mode.
+Every image is seen once, as its central square resized to the side that the encoder was trained on, normalised as in
+training; the encoder is in evaluation mode.
 
 Legend: n samples, D width of the representation.
 """

@@ -1,7 +1,7 @@
-"""What features are worth when labels are few: kNN and linear accuracy by the number of labels a class.
+"""What features are worth when labels are few: accuracy by the number of labels a class, over several subsets.
 
-All representations see the same subsets (they depend on labels and seed alone), the same test set, and the
-same hyperparameters, so that their numbers can be compared.
+All representations see the same subsets (they depend on labels and seed alone), the same test set, and the same
+hyperparameters, so that their numbers can be compared.
 """
 
 from __future__ import annotations
@@ -17,11 +17,14 @@ from train.evaluation.knn import knn_accuracy
 from train.evaluation.label_subsets import balanced_subset
 from train.evaluation.linear_probe import fit_accuracy, standardize
 
+Protocol = Literal["knn", "linear"]
 LabelCount = int | Literal["all"]
-AccuracyTable = dict[str, dict[str, dict[str, float]]]
+Accuracies = dict[str, dict[str, float]]
+"""By the number of labels a class: `{"1": {"mean": …, "std": …}, …, "all": …}`."""
 
 
-def few_shot_table(
+def few_shot_accuracy(
+    protocol: Protocol,
     train_x: Tensor,
     train_y: Tensor,
     test_x: Tensor,
@@ -30,11 +33,11 @@ def few_shot_table(
     label_counts: Sequence[LabelCount] = (1, 5, 20, "all"),
     num_seeds: int = 5,
     k: int = 20,
-    temperature: float = 0.07,
-) -> AccuracyTable:
-    """Accuracy on the test set by protocol and number of labels a class.
+) -> Accuracies:
+    """Accuracy on the test set, in [0, 1], of a classifier given some of the labels.
 
     Args:
+        protocol: which classifier.
         train_x: features [M, D]; all of them, unlabelled, standardise the features of the linear classifier.
         train_y: labels [M], integers from 0.
         test_x: features [N, D].
@@ -42,28 +45,26 @@ def few_shot_table(
         label_counts: labels a class; "all" takes every training sample, once.
         num_seeds: subsets for each other count.
         k: neighbours of the kNN classifier; all labelled samples where there are fewer.
-        temperature: τ of the kNN votes.
 
     Returns:
-        `{"knn": {"1": {"mean": …, "std": …}, …, "all": …}, "linear": {…}}`; accuracies in [0, 1], `std` the
-        sample standard deviation over the subsets, 0 where there is only one.
+        Mean and sample standard deviation over the subsets for each count; 0 deviation where there is only one.
+
+    Raises:
+        ValueError: features or labels do not fit, or a class has too few samples.
     """
     check_labelled(train_x, train_y, test_x, test_y)
-    scaled_train, scaled_test = standardize(train_x, test_x)
-    table: AccuracyTable = {"knn": {}, "linear": {}}
+    if protocol == "linear":
+        train_x, test_x = standardize(train_x, test_x)
+    results: Accuracies = {}
     for count in label_counts:
-        knn, linear = [], []
+        accuracies = []
         for seed in range(1 if count == "all" else num_seeds):
             rows = slice(None) if count == "all" else balanced_subset(train_y, count, seed)
-            labels = train_y[rows]
-            votes = min(k, len(labels))
-            knn.append(knn_accuracy(train_x[rows], labels, test_x, test_y, k=votes, temperature=temperature))
-            linear.append(fit_accuracy(scaled_train[rows], labels, scaled_test, test_y))
-        table["knn"][str(count)] = _summary(knn)
-        table["linear"][str(count)] = _summary(linear)
-    return table
-
-
-def _summary(accuracies: list[float]) -> dict[str, float]:
-    spread = statistics.stdev(accuracies) if len(accuracies) > 1 else 0.0
-    return {"mean": statistics.mean(accuracies), "std": spread}
+            x, y = train_x[rows], train_y[rows]
+            if protocol == "linear":
+                accuracies.append(fit_accuracy(x, y, test_x, test_y))
+            else:
+                accuracies.append(knn_accuracy(x, y, test_x, test_y, k=min(k, len(y))))
+        spread = statistics.stdev(accuracies) if len(accuracies) > 1 else 0.0
+        results[str(count)] = {"mean": statistics.mean(accuracies), "std": spread}
+    return results
