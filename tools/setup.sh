@@ -49,6 +49,6 @@ fi
 
 [ -x $venv/bin/python ] || "$python" -m venv $venv
 echo "setup: installing $requirements into $venv (several GB the first time)"
-$venv/bin/python -m pip install --quiet --disable-pip-version-check "$(grep '^uv==' constraints.txt)"
+$venv/bin/python -m pip install --quiet --disable-pip-version-check "$(grep -o '^uv==[^ ]*' constraints.txt)"
 $venv/bin/uv pip install --quiet --python $venv/bin/python -r "$requirements" -c constraints.txt
 echo "$wanted" >"$done_file"
