@@ -29,9 +29,7 @@ class ModelConfig:
         if self.method != "simclr":
             raise ValueError(f"`model.method` must be 'simclr', got {self.method!r}")
         if not (self.temperature > 0 and math.isfinite(self.temperature)):
-            raise ValueError(
-                f"`model.temperature` must be a finite number > 0, got {self.temperature}; try 0.1"
-            )
+            raise ValueError(f"`model.temperature` must be a finite number > 0, got {self.temperature}; try 0.1")
 
 
 def build_method(config: ModelConfig, seed: int) -> Method:

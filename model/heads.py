@@ -29,9 +29,7 @@ class ProjectionHeadConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"`projection_head.{name}` must be at least 1, got {getattr(self, name)}")
         if self.hidden_dim is not None and self.hidden_dim < 1:
-            raise ValueError(
-                f"`projection_head.hidden_dim` must be null or at least 1, got {self.hidden_dim}"
-            )
+            raise ValueError(f"`projection_head.hidden_dim` must be null or at least 1, got {self.hidden_dim}")
 
 
 class ProjectionHead(nn.Module):

@@ -129,9 +129,7 @@ class _GlobalBatchNormFunction(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(
-        ctx: Any, grad_output: Tensor, *_: Tensor | None
-    ) -> tuple[Tensor, Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, grad_output: Tensor, *_: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None, None]:
         input, weight, mean, var, count = ctx.saved_tensors
         grad_weight, grad_bias = _local_sums(grad_output, input, mean, var, ctx.eps)
         global_sums = collectives.all_reduce_sum_(torch.stack((grad_weight, grad_bias)).double())

@@ -63,9 +63,7 @@ class ResNet(nn.Module):
         width = int(STEM_WIDTH * config.width)
         block = BasicBlock if config.depth in BASIC_DEPTHS else Bottleneck
         is_imagenet = config.stem == "imagenet"
-        self.conv1 = _convolution(
-            3, width, kernel_size=7 if is_imagenet else 3, stride=2 if is_imagenet else 1
-        )
+        self.conv1 = _convolution(3, width, kernel_size=7 if is_imagenet else 3, stride=2 if is_imagenet else 1)
         self.bn1 = GlobalBatchNorm2d(width)
         self.maxpool = nn.MaxPool2d(kernel_size=3, stride=2, padding=1) if is_imagenet else nn.Identity()
         depths = NUM_BLOCKS[config.depth]
@@ -150,9 +148,7 @@ def _convolution(in_channels: int, channels: int, *, kernel_size: int, stride: i
 def _downsample(in_channels: int, channels: int, stride: int) -> nn.Sequential | None:
     if stride == 1 and in_channels == channels:
         return None
-    return nn.Sequential(
-        _convolution(in_channels, channels, kernel_size=1, stride=stride), GlobalBatchNorm2d(channels)
-    )
+    return nn.Sequential(_convolution(in_channels, channels, kernel_size=1, stride=stride), GlobalBatchNorm2d(channels))
 
 
 def _stage(

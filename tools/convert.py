@@ -32,7 +32,7 @@ from tools.image_decoding import UnusableImage, codec_settings, read_file
 from tools.image_encoding import EncodedImage, EncodeOptions, Encoding, encode_image
 from tools.image_folder import ImageFolder, scan_images
 from tools.ordered_pool import OrderedMap, num_available_cores, ordered_pool
-from tools.whole_file import clean_termination, whole_file
+from tools.whole_file import clean_termination, partial_path, whole_file
 from train.cli import run
 
 FORECAST_SAMPLES = 200  # their mean is some 5 % off: file sizes spread by about two thirds of their mean
@@ -112,19 +112,26 @@ def _check_destination(source: Path, dest: Path, *, force: bool) -> None:
             raise ValueError(f"the destination {path} is a folder; choose another name")
         if path.exists() and not force:
             raise ValueError(f"{path} exists; pass --force to replace it, or choose another name")
+    left = [str(partial) for partial in map(partial_path, (dest, manifest_path(dest))) if partial.exists()]
+    if left:
+        raise ValueError(
+            f"{' and '.join(left)} exist: another conversion is writing, or was killed; delete them if none is running"
+        )
 
 
 def _check_disk(
     folder: ImageFolder, dest: Path, options: EncodeOptions, page_size: int, ordered_map: OrderedMap
 ) -> None:
     """Encodes a few files to forecast the size, says it, and refuses what cannot fit."""
-    few = random.Random(0).sample(folder.files, min(FORECAST_SAMPLES, len(folder.files)))  # noqa: S311 — no secret
+    total = len(folder.files)
+    num_tried = min(total, FORECAST_SAMPLES, 32 + total // 100)  # a small folder should not be converted twice
+    few = random.Random(0).sample(folder.files, num_tried)  # noqa: S311 — no secret
     results = [result for _, result in ordered_map(lambda name: _encode(folder, name, options), few)]
     mean_size = sum(len(result.data) for result in results if isinstance(result, EncodedImage)) / len(few)
-    forecast = forecast_bytes(len(folder.files), mean_size, labelled=folder.labels is not None, page_size=page_size)
+    forecast = forecast_bytes(total, mean_size, labelled=folder.labels is not None, page_size=page_size)
     free = shutil.disk_usage(dest.parent).free
     print(
-        f"{len(folder.files)} files, about {_human(mean_size)} each; forecast {_human(forecast)}, free {_human(free)}",
+        f"{total} files, about {_human(mean_size)} each; forecast {_human(forecast)}, free {_human(free)}",
         file=sys.stderr,
     )
     if forecast * (1 + FORECAST_MARGIN) > free:
@@ -165,8 +172,8 @@ def _write_quarantine(dest: Path, quarantined: list[Quarantined]) -> None:
     path = quarantine_path(dest)
     path.unlink(missing_ok=True)
     if quarantined:
-        with whole_file(path) as file:
-            file.writelines(json.dumps(asdict(entry)).encode() + b"\n" for entry in quarantined)
+        partial_path(path).write_text("".join(json.dumps(asdict(entry)) + "\n" for entry in quarantined))
+        partial_path(path).replace(path)
 
 
 def _manifest(beton_file: BinaryIO, folder: ImageFolder, rows: _Rows, options: dict[str, str | int]) -> Manifest:
@@ -246,12 +253,13 @@ def main() -> int:
     classes = f"{len(manifest.classes)} classes" if manifest.classes is not None else "no labels"
     if num_empty := (manifest.class_counts or []).count(0):
         classes += f" ({num_empty} without a usable image)"
+    converted = f"; {manifest.num_converted} could not be kept and were converted" if manifest.num_converted else ""
     quarantine = f"quarantined {len(manifest.quarantined)}"
     if manifest.quarantined:
         quarantine += f" → {quarantine_path(args.dest)}"
     print(
         f"{args.dest}: {manifest.num_samples} images, {classes}, {_human(manifest.num_bytes)}, "
-        f"{manifest.num_samples / seconds:.0f} images/s; {quarantine}"
+        f"{manifest.num_samples / seconds:.0f} images/s{converted}; {quarantine}"
     )
     return 0
 

@@ -8,7 +8,7 @@ not decode to upright RGB. `raw` stores RGB pixels, limited to the same side.
 
 import zlib
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import cv2
 import numpy as np
@@ -43,6 +43,8 @@ class EncodeOptions:
     """JPEG quality of what is re-encoded."""
 
     def __post_init__(self) -> None:
+        if self.encode not in get_args(Encoding):
+            raise ValueError(f"`encode` must be one of {get_args(Encoding)}, got {self.encode!r}")
         if not 0 <= self.max_side <= MAX_SIDE:
             raise ValueError(f"`max_side` must be 0 (no limit) to {MAX_SIDE}, got {self.max_side}")
         if not 1 <= self.quality <= 100:

@@ -74,11 +74,11 @@ def write_report(run_dir: Path) -> Path:
         _section("Configuration", f"<pre>{html.escape((run_dir / CONFIG_FILE).read_text())}</pre>"),
     ]
     title = html.escape(config.name)
-    command = html.escape(f"deepspeed train/pretrain.py --config {run_dir / CONFIG_FILE}")
+    command = html.escape(f"deepspeed train/pretrain.py --config {run_dir / CONFIG_FILE} --name {config.name}-again")
     page = (
         f'<!doctype html><html lang="en"><meta charset="utf-8">'
         f'<meta name="viewport" content="width=device-width, initial-scale=1"><title>{title}</title>'
-        f"<style>{STYLE}</style><body><h1>{title}</h1><p>Train it again, with another <code>--name</code>:</p>"
+        f"<style>{STYLE}</style><body><h1>{title}</h1><p>Train it again:</p>"
         f"<pre>{command}</pre>{''.join(sections)}</body></html>\n"
     )
     path = run_dir / "report.html"

@@ -64,6 +64,12 @@ def verify(beton_path: Path, images: Path | None = None, *, workers: int) -> Ite
     elif manifest.num_samples != beton.num_samples:
         yield f"the manifest has {manifest.num_samples} samples, the file {beton.num_samples}"
         return
+    if manifest and folder:
+        try:
+            _encode_options(manifest)
+        except (KeyError, TypeError, ValueError) as error:
+            yield f"{manifest_path(beton_path)}: its options cannot be understood ({error})"
+            return
     yield from _check_tables(beton, manifest)
     if manifest and folder:
         yield from _check_files(manifest, folder)

@@ -16,7 +16,7 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
     Raises:
         ValueError: the partial file exists, so that another process may be writing it.
     """
-    partial = path.with_name(path.name + ".partial")
+    partial = partial_path(path)
     try:
         file = partial.open("x+b")
     except FileExistsError:
@@ -33,6 +33,11 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+
+
+def partial_path(path: Path) -> Path:
+    """Where a file lies while it is being written."""
+    return path.with_name(path.name + ".partial")
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from train.engine import Engine, init_process_group
 from train.loop import Pretraining
 from train.optim.lars import LARS
 from train.optim.param_groups import param_groups
-from train.runtime import choose_device, configure_logging, cores_per_rank, read_ranks
+from train.runtime import choose_device, configure_logging, cores_per_rank, keep_freed_memory, read_ranks
 
 
 def main() -> None:
@@ -37,6 +37,8 @@ def main() -> None:
 
     num_cores = cores_per_rank(ranks)
     torch.set_num_threads(config.train.cpu_threads or num_cores)
+    if device.type == "cpu":
+        keep_freed_memory()
     init_process_group(device)
     method = build_method(config.model, config.seed)
     optimizer = LARS(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib.metadata
 import logging
 import os
@@ -16,6 +17,7 @@ import torch
 
 from train.cli import UnfitEnvironment
 
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # malloc.h of glibc
 PACKAGES = ("torch", "torchvision", "deepspeed", "ffcv", "numba", "numpy", "nvidia-dali-cuda130")
 
 
@@ -75,6 +77,19 @@ def choose_device(wanted: Literal["auto", "cpu", "cuda"], ranks: Ranks) -> torch
 def cores_per_rank(ranks: Ranks) -> int:
     """The CPU cores that this process may use, shared fairly between the ranks of its machine."""
     return max(1, len(os.sched_getaffinity(0)) // ranks.local_world_size)
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep what training frees, instead of giving it back to the kernel at every step.
+
+    Activations are large and freed at each step; by default each comes as fresh, zeroed pages. On one core, a ResNet-10
+    of width 16 trains 1.4 times as fast with this. Does nothing where the C library has no such setting.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(M_MMAP_MAX, 0)
+        mallopt(M_TRIM_THRESHOLD, -1)
+        mallopt(M_TOP_PAD, 64 * 2**20)
 
 
 def configure_logging(run_dir: Path, ranks: Ranks) -> None:

@@ -19,9 +19,7 @@ class SimCLR(Method):
 
     num_views = 2
 
-    def __init__(
-        self, encoder: EncoderConfig, projection_head: ProjectionHeadConfig, temperature: float
-    ) -> None:
+    def __init__(self, encoder: EncoderConfig, projection_head: ProjectionHeadConfig, temperature: float) -> None:
         super().__init__()
         self.encoder = ResNet(encoder)
         self.projection_head = ProjectionHead(self.encoder.feature_dim, projection_head)

@@ -72,24 +72,18 @@ def nt_xent(
             return NTXentOutput(*output)
         if backend == "reference":
             if ranks > 1:
-                raise ValueError(
-                    f"backend 'reference' serves one process, got world size {ranks}; use 'tiled'"
-                )
+                raise ValueError(f"backend 'reference' serves one process, got world size {ranks}; use 'tiled'")
             return NTXentOutput(*nt_xent_reference(z1, z2, temperature=temperature, normalize=normalize))
     raise ValueError(f"`backend` must be 'auto', 'reference' or 'tiled', got {backend!r}")
 
 
 def _check(z1: Tensor, z2: Tensor, temperature: float) -> None:
     if z1.shape != z2.shape or z1.ndim != 2 or not z1.numel():
-        raise ValueError(
-            f"z1 and z2 must be [N, D] alike with N, D ≥ 1, got {tuple(z1.shape)} and {tuple(z2.shape)}"
-        )
+        raise ValueError(f"z1 and z2 must be [N, D] alike with N, D ≥ 1, got {tuple(z1.shape)} and {tuple(z2.shape)}")
     if z1.dtype != z2.dtype or not z1.is_floating_point():
         raise ValueError(f"z1 and z2 must share one floating-point dtype, got {z1.dtype} and {z2.dtype}")
     if not (temperature > 0 and math.isfinite(temperature)):
-        raise ValueError(
-            f"`temperature` must be a finite number > 0, got {temperature}; SimCLR uses 0.1 to 0.5"
-        )
+        raise ValueError(f"`temperature` must be a finite number > 0, got {temperature}; SimCLR uses 0.1 to 0.5")
 
 
 @functools.cache  # once for each choice, not every step

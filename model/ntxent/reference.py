@@ -20,9 +20,7 @@ from torch import Tensor
 NORM_EPS = 1e-6  # tf.math.l2_normalize's bound: 1e-12 on the squared norm
 
 
-def nt_xent_reference(
-    z1: Tensor, z2: Tensor, *, temperature: float, normalize: bool
-) -> tuple[Tensor, Tensor]:
+def nt_xent_reference(z1: Tensor, z2: Tensor, *, temperature: float, normalize: bool) -> tuple[Tensor, Tensor]:
     """Loss (differentiable) and contrastive accuracy of z1, z2 [N, D]; fp64 for fp64 input, else fp32."""
     z = torch.cat((z1, z2))
     z = z if z.dtype == torch.float64 else z.float()
@@ -33,7 +31,5 @@ def nt_xent_reference(
     similarity = (z @ z.T / temperature).masked_fill(rows[:, None] == rows, -torch.inf)
     positive = similarity[rows, positive_of]
     loss = (similarity.logsumexp(dim=1) - positive).mean()
-    hardest_negative = (
-        similarity.detach().index_put((rows, positive_of), positive.new_tensor(-torch.inf)).amax(1)
-    )
+    hardest_negative = similarity.detach().index_put((rows, positive_of), positive.new_tensor(-torch.inf)).amax(1)
     return loss, (positive.detach() > hardest_negative).to(z.dtype).mean()

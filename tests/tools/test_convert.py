@@ -208,6 +208,8 @@ class TestPixels:
             EncodeOptions(quality=0)
         with pytest.raises(ValueError, match=r"`max_side` must be 0 \(no limit\) to 65535, got -1"):
             EncodeOptions(max_side=-1)
+        with pytest.raises(ValueError, match=r"`encode` must be one of .*, got 'png'"):
+            EncodeOptions(encode="png")
 
 
 class TestFiles:
@@ -303,7 +305,7 @@ class TestFiles:
             (tmp_path / "folder.beton", "is a folder"),
             (
                 tmp_path / "busy.beton",
-                "busy.beton.partial exists: another process is writing it, or was killed",
+                "busy.beton.partial exist: another conversion is writing, or was killed; delete",
             ),
         ]:
             with pytest.raises(ValueError) as caught:
@@ -330,6 +332,11 @@ class TestFiles:
 
 
 class TestCommand:
+    def test_files_that_keep_could_not_keep_are_counted(self, tmp_path):
+        root = write_folder(tmp_path / "source", {"a.jpg": jpeg(picture()), "b.png": saved(picture(), "PNG")})
+        done = run_convert(root, tmp_path / "x.beton", "--encode", "keep")
+        assert done.stdout.endswith(" images/s; 1 could not be kept and were converted; quarantined 0\n")
+
     def test_it_says_what_it_did(self, tmp_path):
         root, dest = write_folder(tmp_path / "source", photos()), tmp_path / "x.beton"
         done = run_convert(root, dest, "--encode", "raw", "--workers", "2", "--page-size", str(1 << 21))

@@ -112,6 +112,18 @@ def test_a_missing_or_foreign_manifest_is_a_problem(mine):
     assert found == f"{path}.json: no such file; only the tables and the samples are checked"
 
 
+def test_a_manifest_with_impossible_options_is_a_problem(mine):
+    path = mine / "jpeg.beton"
+    for options in (
+        {},
+        {"encode": "png", "max_side": 500, "quality": 90},
+        {"encode": "jpeg", "max_side": [], "quality": 1},
+    ):
+        edit_manifest(path, options=options)
+        (found,) = problems(path, mine / "source")
+        assert "its options cannot be understood" in found
+
+
 def test_damaged_jpegs_are_found_without_a_manifest(tmp_path):
     """As in a file of stock FFCV's: the tables are good, one sample is cut short, another is no JPEG."""
     whole = jpeg(np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8))

@@ -1,0 +1,200 @@
+"""Races: contestants do the same work in interleaved turns, and are judged by ratios.
+
+Each contestant is a process of its own (`benchmarks.contestant`). After its warm-up every round gives every contestant
+one turn of about the same length, in a rotating order, so that whatever else the machine does falls on all alike. The
+figures of a row are medians over the rounds; a ratio is the median of the rounds' own ratios.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import statistics
+import subprocess
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+from benchmarks.contestant import Contestant, ContestantProcess, Turn, WarmUp
+
+PACKAGES = ("torch", "torchvision", "numba", "numpy", "ffcv", "pillow")
+
+Unit = Literal["images/s", "s"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Floor:
+    """What must hold of the first contestant against another one."""
+
+    speed: float
+    """It is at least this many times as fast."""
+    goal: float
+    """The ratio that the design aims at."""
+    memory: float | None = None
+    """It takes at most this share of the other's memory."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One line of the table and of the JSON file."""
+
+    work: str
+    contestant: str
+    median: float
+    """Of the rounds' values, in `unit`."""
+    unit: Unit
+    spread: float
+    """Interquartile range of the rounds' values, as a share of the median."""
+    cpu_s_per_item: float
+    """CPU seconds of all threads and worker processes for one item: one source image, or one call."""
+    peak_mib: float
+    """Memory that the work takes beyond that of a process which is set up for it."""
+    repeats: int
+    """Rounds."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Race:
+    """What was measured."""
+
+    work: str
+    unit: Unit
+    warm_ups: dict[str, WarmUp]
+    turns: dict[str, list[Turn]]
+    """By contestant, in the order of the rounds."""
+
+    def rows(self) -> list[Row]:
+        """One row a contestant."""
+        return [self._row(name) for name in self.turns]
+
+    def ratio(self, first: str, second: str) -> float:
+        """How many times as fast `first` is as `second`."""
+        pairs = zip(self.turns[first], self.turns[second], strict=True)
+        return statistics.median(_speed(ours) / _speed(theirs) for ours, theirs in pairs)
+
+    def require(self, first: str, floors: dict[str, Floor]) -> None:
+        """Assert every floor of `first` against the contestants named."""
+        missed = []
+        for second, floor in floors.items():
+            speed = self.ratio(first, second)
+            if speed < floor.speed:
+                missed.append(f"{speed:.2f} times as fast as {second}, floor {floor.speed}")
+            ours, theirs = self.warm_ups[first].peak_mib, self.warm_ups[second].peak_mib
+            if floor.memory is not None and ours > floor.memory * theirs:
+                missed.append(f"at {ours / theirs:.3f} of the memory of {second}, at most {floor.memory}")
+        assert not missed, f"{self.work}: {first} is " + "; ".join(missed)
+
+    def table(self, first: str, floors: dict[str, Floor]) -> str:
+        """Aligned lines: each contestant, and how much faster `first` is."""
+        lines = [
+            f"{self.work:12} {'median':>10} {self.unit:8} {'spread':>7} {'cpu ms/item':>12} {'peak MiB':>9}"
+            f" {'rounds':>7}  {first} is"
+        ]
+        for row in self.rows():
+            lines.append(
+                f"{row.contestant:12} {_figure(row.median):>10} {'':8} {row.spread:>7.1%}"
+                f" {row.cpu_s_per_item * 1e3:>12.4g} {row.peak_mib:>9.1f} {row.repeats:>7}  "
+                + ("" if row.contestant == first else self._verdict(first, row.contestant, floors))
+            )
+        return "\n".join(lines)
+
+    def _verdict(self, first: str, second: str, floors: dict[str, Floor]) -> str:
+        verdict = f"{self.ratio(first, second):.2f}×"
+        if second in floors:
+            verdict += f" (floor {floors[second].speed}, goal {floors[second].goal})"
+        return verdict
+
+    def _row(self, name: str) -> Row:
+        turns = self.turns[name]
+        speeds = [_speed(turn) for turn in turns]
+        values = speeds if self.unit == "images/s" else [1 / speed for speed in speeds]
+        median = statistics.median(values)
+        return Row(
+            work=self.work,
+            contestant=name,
+            median=median,
+            unit=self.unit,
+            spread=_interquartile_range(values) / median,
+            cpu_s_per_item=statistics.median(turn.cpu_seconds / turn.items for turn in turns),
+            peak_mib=self.warm_ups[name].peak_mib,
+            repeats=len(turns),
+        )
+
+
+def race(work: str, unit: Unit, contestants: Sequence[Contestant], *, rounds: int, seconds: float) -> Race:
+    """Let contestants do the same work.
+
+    Args:
+        work: its name.
+        unit: of the medians; an item is an image, or a call.
+        contestants: the first one is ours.
+        rounds: turns of each contestant.
+        seconds: length of a turn; a turn does at least one step of items however long that takes.
+
+    Raises:
+        ContestantFailed: a contestant raised, died or hung.
+    """
+    with ExitStack() as stack:
+        processes = []
+        for contestant in contestants:
+            processes.append(ContestantProcess(contestant))
+            stack.callback(processes[-1].close)
+        for process in processes:
+            process.wait_for_setup()
+        warm_ups = {process.name: process.warm_up(seconds) for process in processes}
+        turns: dict[str, list[Turn]] = {process.name: [] for process in processes}
+        for i in range(rounds):
+            shift = i % len(processes)
+            for process in processes[shift:] + processes[:shift]:
+                turns[process.name].append(process.turn(warm_ups[process.name].items_per_turn, seconds))
+    return Race(work=work, unit=unit, warm_ups=warm_ups, turns=turns)
+
+
+def write_json(path: Path, rows: Sequence[Row]) -> None:
+    """The rows, and what they were measured on."""
+    content = {"environment": environment(), "rows": [asdict(row) for row in rows]}
+    path.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def environment() -> dict[str, str | int | float]:
+    """Device, cores, versions and commit."""
+    return {
+        "device": _processor(),
+        "cores": len(os.sched_getaffinity(0)),
+        "load": os.getloadavg()[0],
+        "platform": platform.platform(),
+        "commit": _commit(),
+        "python": platform.python_version(),
+        **{package: importlib.metadata.version(package) for package in PACKAGES},
+    }
+
+
+def _processor() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def _commit() -> str:
+    """The commit that is checked out, marked if files differ from it; `unknown` outside a repository."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parent)
+    return result.stdout.strip() or "unknown"
+
+
+def _speed(turn: Turn) -> float:
+    return turn.items / turn.seconds
+
+
+def _interquartile_range(values: Sequence[float]) -> float:
+    if len(values) < 2:
+        return 0.0
+    low, _, high = statistics.quantiles(values, n=4, method="inclusive")
+    return high - low
+
+
+def _figure(value: float) -> str:
+    return f"{value:.0f}" if value >= 100 else f"{value:.4g}"

@@ -1,0 +1,111 @@
+"""The harness measures what it says: speed, CPU time, memory; and a contestant that fails is named."""
+
+import json
+import re
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+from benchmarks.contestant import Contestant, ContestantFailed, Turn, WarmUp
+from benchmarks.harness import Floor, Race, race, write_json
+from tests.benchmarks import contestants
+
+ROW_KEYS = ["work", "contestant", "median", "unit", "spread", "cpu_s_per_item", "peak_mib", "repeats"]
+
+
+def run_race(*setups, seconds=0.05, rounds=3):
+    entrants = [
+        Contestant(name=name, setup=setup, arguments=arguments, step=step) for name, setup, arguments, step in setups
+    ]
+    return race("work", "images/s", entrants, rounds=rounds, seconds=seconds)
+
+
+def by_name(result):
+    return {row.contestant: row for row in result.rows()}
+
+
+def test_speeds_costs_and_memory_are_those_of_the_work():
+    result = run_race(
+        ("fast", contestants.sleeper, (0.001,), 10),
+        ("slow", contestants.sleeper, (0.005,), 10),
+        ("spinner", contestants.spinner, (0.005,), 1),
+        ("worker", contestants.spinner_in_a_worker, (0.005,), 1),
+        ("hoarder", contestants.hoarder, (80,), 1),
+        seconds=0.1,
+    )
+    rows = by_name(result)
+    assert 3.0 < result.ratio("fast", "slow") < 5.5
+    assert 150 < rows["slow"].median <= 200  # a sleep is never shorter than asked for
+    assert rows["slow"].cpu_s_per_item < 0.001
+    # The worker's CPU time is counted in hundredths of a second.
+    assert 0.0049 < rows["spinner"].cpu_s_per_item < 0.008
+    assert 0.003 < rows["worker"].cpu_s_per_item < 0.008
+    assert 79 < rows["hoarder"].peak_mib < 85
+    assert rows["slow"].peak_mib < 5
+    for turns in result.turns.values():
+        assert len(turns) == 3
+        assert all(turn.seconds > 0.05 for turn in turns)
+    assert all(turn.items % 10 == 0 for turn in result.turns["fast"])
+
+
+def test_medians_spread_and_ratios_by_hand():
+    def turns(*seconds):
+        return [Turn(items=12, seconds=s, cpu_seconds=2 * s) for s in seconds]
+
+    warm_ups = {name: WarmUp(peak_mib=peak, items_per_turn=12) for name, peak in (("ours", 2.0), ("theirs", 30.0))}
+    all_turns = {"ours": turns(1, 2, 3, 4, 6), "theirs": turns(4, 4, 4, 12, 12)}
+    images = Race(work="w", unit="images/s", warm_ups=warm_ups, turns=all_turns)
+    seconds = Race(work="w", unit="s", warm_ups=warm_ups, turns=all_turns)
+    # 12, 6, 4, 3, 2 images a second: quartiles 3 and 6; a third to a twelfth of a second for an item.
+    ours = by_name(images)["ours"]
+    assert (ours.median, ours.spread, ours.cpu_s_per_item) == (4.0, 0.75, 0.5)
+    assert (ours.peak_mib, ours.repeats, ours.unit) == (2.0, 5, "images/s")
+    assert by_name(seconds)["ours"].median == 0.25
+    # Round by round: 4, 2, 4/3, 3, 2.
+    assert images.ratio("ours", "theirs") == pytest.approx(2.0)
+    assert seconds.ratio("theirs", "ours") == pytest.approx(0.5)
+    images.require("ours", {"theirs": Floor(speed=1.9, goal=9, memory=0.07)})
+    with pytest.raises(AssertionError, match=re.escape("w: ours is 2.00 times as fast as theirs, floor 2.1")):
+        images.require("ours", {"theirs": Floor(speed=2.1, goal=9)})
+    with pytest.raises(AssertionError, match=re.escape("ours is at 0.067 of the memory of theirs, at most 0.05")):
+        images.require("ours", {"theirs": Floor(speed=1.9, goal=9, memory=0.05)})
+    table = images.table("ours", {"theirs": Floor(speed=1.9, goal=9)}).splitlines()
+    assert len({len(line.split("  ours is")[0].split("2.00×")[0].rstrip()) for line in table}) == 1
+    assert table[2].endswith("2.00× (floor 1.9, goal 9)")
+
+
+@pytest.mark.parametrize(
+    ("setup", "message"),
+    [
+        (contestants.fails_in_setup, "broken failed:\n.*ValueError: no such image set"),
+        (contestants.fails_in_its_turn, "broken failed:\n.*ValueError: 1 items are too many"),
+        (contestants.dies, "broken ended with exit code 7"),
+    ],
+)
+def test_a_contestant_that_fails_is_named(setup, message):
+    with pytest.raises(ContestantFailed, match=re.compile(message, re.DOTALL)):
+        run_race(("fine", contestants.sleeper, (0.001,), 1), ("broken", setup, (), 1))
+
+
+def test_rows_and_environment_are_written(tmp_path):
+    turns = {"ours": [Turn(items=1, seconds=0.5, cpu_seconds=0.25)]}
+    result = Race(work="w", unit="s", warm_ups={"ours": WarmUp(peak_mib=1.0, items_per_turn=1)}, turns=turns)
+    write_json(tmp_path / "rows.json", result.rows())
+    written = json.loads((tmp_path / "rows.json").read_text())
+    assert [list(row) for row in written["rows"]] == [ROW_KEYS]
+    assert written["rows"] == [asdict(row) for row in result.rows()]
+    assert written["environment"]["cores"] >= 1
+    assert re.fullmatch(r"[0-9a-f]{40}(-dirty)?|unknown", written["environment"]["commit"])
+
+
+def test_every_benchmark_is_found_and_takes_the_options(tmp_path):
+    command = [sys.executable, "-m", "pytest", "benchmarks", "--collect-only", "-q", "-p", "no:cacheprovider"]
+    options = ["--bench-data", str(tmp_path), "--bench-json", str(tmp_path / "rows.json")]
+    root = Path(__file__).parents[2]
+    result = subprocess.run([*command, *options], check=False, capture_output=True, text=True, cwd=root)
+    assert result.returncode == 0, result.stdout + result.stderr
+    for name in ("crop224", "simclr224", "simclr32", "ntxent[1024]", "ntxent[4096]", "resnet50"):
+        assert f"::test_{name}\n" in result.stdout
