@@ -10,12 +10,13 @@ Legend: N local images, V views, S side of a view.
 from __future__ import annotations
 
 import logging
+import threading
 import zlib
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, Literal
 
 import numpy as np
@@ -25,20 +26,20 @@ from torch import Tensor
 
 from pipelines.batch import Batch
 from pipelines.beton import Beton
-from pipelines.decode.kernel import REFUSED, Coloring, Layout, Source, render
-from pipelines.decode.turbojpeg import addresses
-from pipelines.manifest import load_manifest
+from pipelines.decode.kernel import REFUSED, WRONG_SIZE, Coloring, Layout, Source, render_kernel
+from pipelines.decode.turbojpeg import HARMLESS_WARNING, addresses
+from pipelines.manifest import ManifestError, load_manifest
 from pipelines.order import epoch_order, num_global_batches, rank_rows
 from pipelines.params import ViewParams, draw_views
-from pipelines.photometric.reference import photometric
+from pipelines.photometric.reference import photometric, to_device
 from pipelines.pool import DecodePool, Worker
 from pipelines.recipe import Recipe
 
 logger = logging.getLogger(__name__)
 
 CHUNKS_PER_THREAD = 4  # a batch in this many chunks a thread: enough for balance, few enough to cost nothing
+NUM_FINGERPRINTED = 64  # samples that are read when a loader is made
 MAX_NEIGHBOURS = 16  # under on_error = "skip": this many bad samples in a row mean that the file is bad
-HARMLESS_WARNING = "extraneous bytes"  # all pixels were decoded; some of ImageNet's files have them
 
 
 @dataclass
@@ -91,10 +92,12 @@ class FFCVLoader:
         self.device = device or torch.device("cpu")
         self.dtype, self.training, self.on_error = dtype, training, on_error
         self.num_skipped = 0
+        self._counting = threading.Lock()
         self._batches_ahead, self._num_threads = batches_ahead, num_threads
         self._sizes = np.array([view.size for view in recipe.views], np.int64)
         self._pool = DecodePool(num_threads, [view.size for view in recipe.views])
         self._turbojpeg = addresses()
+        self._render_chunk = render_kernel()
         self._coloring = self._coloring_on_cpu() if self.device.type == "cpu" else None
         self._fingerprint = _fingerprint(beton)
         self._position = (0, 0)
@@ -197,7 +200,7 @@ class FFCVLoader:
         def run(first: int, last: int, *, tolerant: bool) -> tuple[int, int]:
             widths, heights = source.widths[first:last].astype(np.int64), source.heights[first:last]
             scratch = worker.scratch(int((widths * heights).max()), int(max(widths.max(), heights.max())))
-            stop, status = render(
+            stop, status = self._render_chunk(
                 source,
                 current.params,
                 first,
@@ -218,7 +221,9 @@ class FFCVLoader:
             if stop == end:
                 return
             reason = (
-                worker.decompressor.last_error() if status == REFUSED else "its size is not the one in the file's table"
+                "its size is not the one in the file's table"
+                if status == WRONG_SIZE
+                else worker.decompressor.last_error()
             )
             if status == REFUSED and HARMLESS_WARNING in reason:
                 run(stop, stop + 1, tolerant=True)
@@ -234,8 +239,9 @@ class FFCVLoader:
         message = f"{self._name_of(sample)} cannot be decoded: {reason}"
         if self.on_error == "raise" or neighbours > MAX_NEIGHBOURS:
             raise ValueError(f'{message}; convert it again without it, or set `data.on_error` to "skip"')
-        self.num_skipped += 1
         neighbour = (sample + 1) % self.beton.num_samples
+        with self._counting:
+            self.num_skipped += 1
         logger.warning("%s; sample %d stands in for it (%d skipped so far)", message, neighbour, self.num_skipped)
         current.samples[position] = neighbour
         for name in ("offsets", "sizes", "modes", "widths", "heights"):
@@ -251,9 +257,17 @@ class FFCVLoader:
         )
 
     def _name_of(self, sample: int) -> str:
-        manifest = load_manifest(self.beton.path)
-        file = f" ({manifest.files[sample]})" if manifest else ""
+        file = f" ({self._file_names[sample]})" if self._file_names else ""
         return f"sample {sample}{file} of {self.beton.path}"
+
+    @cached_property
+    def _file_names(self) -> list[str] | None:
+        """Of the manifest, if there is a sound one; read when there is a name to tell."""
+        try:
+            manifest = load_manifest(self.beton.path)
+        except ManifestError:
+            return None
+        return manifest.files if manifest else None
 
     def _finish(self, done: _InFlight, epoch: int) -> Batch:
         """Hand a batch over, on the device."""
@@ -269,15 +283,17 @@ class FFCVLoader:
         labels = self.beton.labels
         return Batch(
             views=views,
-            labels=torch.from_numpy(np.full(num, -1) if labels is None else labels[done.samples]).to(self.device),
+            labels=to_device(np.full(num, -1) if labels is None else labels[done.samples], self.device),
             sample_indices=torch.from_numpy(done.samples),
             epoch=epoch,
         )
 
 
 def _fingerprint(beton: Beton) -> str:
-    """Checksum of the file's tables: tells two sets apart in milliseconds, wherever they lie."""
+    """Checksum of the file's tables and of some of its samples: tells two sets apart quickly, wherever they lie."""
     crc = 0
     for table in (beton.modes, beton.widths, beton.heights, beton.sizes, beton.labels):
         crc = zlib.crc32(b"" if table is None else np.ascontiguousarray(table).tobytes(), crc)
+    for sample in np.linspace(0, beton.num_samples - 1, NUM_FINGERPRINTED).astype(np.int64).tolist():
+        crc = zlib.crc32(beton.encoded(sample).tobytes(), crc)
     return f"{crc:08x}"

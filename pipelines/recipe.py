@@ -11,8 +11,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 BLUR_SIGMA = (0.1, 2.0)  # SimCLR v1, appendix A
 
 
@@ -64,11 +62,6 @@ class ViewRecipe:
     def blur_kernel(self) -> int:
         """Width of the blur's kernel: a tenth of the side, made odd as in google's code (23 at 224 pixels)."""
         return 2 * (self.size // 10 // 2) + 1
-
-    @property
-    def photometric(self) -> bool:
-        """Whether any colour or blur can be drawn at all."""
-        return max(self.jitter_prob, self.gray_prob, self.blur_prob, self.solarize_prob) > 0.0
 
 
 @dataclass(frozen=True, kw_only=True)

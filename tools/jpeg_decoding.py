@@ -10,12 +10,11 @@ import ctypes
 
 import numpy as np
 
-from pipelines.decode.turbojpeg import Decompressor, library
+from pipelines.decode.turbojpeg import HARMLESS_WARNING, Decompressor, library
 from tools.image_decoding import ImageArray, UnusableImage
 
 RGB = 0  # TJPF_RGB
 WARNING = 0  # TJERR_WARNING; anything else is fatal
-HARMLESS_WARNING = "extraneous bytes"  # all pixels were decoded; some of ImageNet's files have them
 
 
 def decode_jpeg(source: bytes, denominator: int = 1) -> ImageArray | None:

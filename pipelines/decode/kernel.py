@@ -9,12 +9,18 @@ decides what happens next.
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
+from pipelines.decode import resample
+from pipelines.decode import turbojpeg as turbojpeg_calls
 from pipelines.decode.resample import resized_crop
 from pipelines.decode.turbojpeg import (
     NUM_CHANNELS,
@@ -22,10 +28,11 @@ from pipelines.decode.turbojpeg import (
     call_decompress,
     call_decompress_header,
 )
+from pipelines.photometric import numba_kernels
 from pipelines.photometric.numba_kernels import photometric_image
 
-OK, REFUSED, WRONG_SIZE = 0, 1, 2
-"""What `render` says of the sample at which it stopped."""
+OK, REFUSED, BAD_HEADER, WRONG_SIZE = 0, 1, 2, 3
+"""What `render` says of the sample at which it stopped. Only REFUSED may leave complete pixels behind."""
 
 MODE_RAW = 1  # of the .beton: height × width × RGB bytes
 
@@ -91,8 +98,8 @@ def decode(encoded, mode, width, height, turbojpeg, handle, scratch):
         scratch: `Scratch`.
 
     Returns:
-        OK, REFUSED (libjpeg-turbo's last error says why; a mere warning leaves complete pixels) or WRONG_SIZE, and
-        the image, uint8 [height, width, 4].
+        OK, REFUSED or BAD_HEADER (libjpeg-turbo's last error says why; a mere warning while decoding leaves complete
+        pixels) or WRONG_SIZE, and the image, uint8 [height, width, 4].
     """
     num_pixels = height * width
     flat = scratch.pixels[: num_pixels * NUM_CHANNELS]
@@ -106,7 +113,7 @@ def decode(encoded, mode, width, height, turbojpeg, handle, scratch):
     if call_decompress_header(
         turbojpeg.decompress_header, handle, jpeg, encoded.size, header, header + 4, header + 8, header + 12
     ):
-        return REFUSED, image
+        return BAD_HEADER, image
     if scratch.header[0] != width or scratch.header[1] != height:
         return WRONG_SIZE, image
     pitch = width * NUM_CHANNELS
@@ -127,57 +134,6 @@ def decode(encoded, mode, width, height, turbojpeg, handle, scratch):
 
 
 @njit(nogil=True, cache=True)
-def render(source, params, begin, end, tolerant, turbojpeg, handle, scratch, layout, coloring, out):
-    """Decode samples [begin, end) of a batch, and write all views of each.
-
-    Args:
-        source: `Source`.
-        params: `VIEW_PARAMS` [N, V].
-        begin: first position in the batch.
-        end: one past the last.
-        tolerant: accept the pixels of a JPEG of which libjpeg-turbo complained.
-        turbojpeg: as for `decode`.
-        handle: as for `decode`.
-        scratch: `Scratch`.
-        layout: `Layout`.
-        coloring: `Coloring`: `out` gets finished views; or None: `out` gets crops.
-        out: flat; float32 for finished views, uint8 for crops; written.
-
-    Returns:
-        `end` and OK; or the position of the first sample that could not be decoded, and why.
-    """
-    for i in range(begin, end):
-        encoded = source.data[source.offsets[i] : source.offsets[i] + source.sizes[i]]
-        status, image = decode(
-            encoded, source.modes[i], source.widths[i], source.heights[i], turbojpeg, handle, scratch
-        )
-        if status == WRONG_SIZE or (status == REFUSED and not tolerant):
-            return i, status
-        for v in range(layout.sizes.size):
-            size, view = layout.sizes[v], params[i, v]
-            num = size * size * 3
-            start = layout.offsets[v] + i * num
-            target = out[start : start + num].reshape(size, size, 3)
-            if coloring is None:
-                _crop(image, view, target, scratch)
-            else:
-                crop = scratch.crop[:num].reshape(size, size, 3)
-                _crop(image, view, crop, scratch)
-                planes = scratch.planes[: 4 * size * size].reshape(4, size * size)
-                photometric_image(
-                    crop,
-                    view,
-                    coloring.kernel_sizes[v],
-                    coloring.mean,
-                    coloring.std,
-                    planes[:3],
-                    planes[3],
-                    target,
-                )
-    return end, OK
-
-
-@njit(nogil=True, cache=True)
 def _crop(image, view, out, scratch):
     resized_crop(
         image,
@@ -192,3 +148,67 @@ def _crop(image, view, out, scratch):
         scratch.counts,
         scratch.weights,
     )
+
+
+@cache
+def render_kernel() -> Callable[..., tuple[int, int]]:
+    """The compiled `render`.
+
+    Numba's cache on disk knows a kernel by its own file and closure. The functions that are compiled into this one
+    come from other files, whose content is therefore put into its closure: an update never meets old machine code.
+    """
+    sources = [str(module.__file__) for module in (turbojpeg_calls, resample, numba_kernels)]
+    version = hashlib.sha256(b"".join(Path(source).read_bytes() for source in sources)).hexdigest()
+
+    @njit(nogil=True, cache=True)
+    def render(source, params, begin, end, tolerant, turbojpeg, handle, scratch, layout, coloring, out):
+        """Decode samples [begin, end) of a batch, and write all views of each.
+
+        Args:
+            source: `Source`.
+            params: `VIEW_PARAMS` [N, V].
+            begin: first position in the batch.
+            end: one past the last.
+            tolerant: accept the pixels of a JPEG of which libjpeg-turbo complained.
+            turbojpeg: as for `decode`.
+            handle: as for `decode`.
+            scratch: `Scratch`.
+            layout: `Layout`.
+            coloring: `Coloring`: `out` gets finished views; or None: `out` gets crops.
+            out: flat; float32 for finished views, uint8 for crops; written.
+
+        Returns:
+            `end` and OK; or the position of the first sample that could not be decoded, and why.
+        """
+        _ = version  # in the closure, and so in the key
+        for i in range(begin, end):
+            encoded = source.data[source.offsets[i] : source.offsets[i] + source.sizes[i]]
+            status, image = decode(
+                encoded, source.modes[i], source.widths[i], source.heights[i], turbojpeg, handle, scratch
+            )
+            if status != OK and not (status == REFUSED and tolerant):
+                return i, status
+            for v in range(layout.sizes.size):
+                size, view = layout.sizes[v], params[i, v]
+                num = size * size * 3
+                start = layout.offsets[v] + i * num
+                target = out[start : start + num].reshape(size, size, 3)
+                if coloring is None:
+                    _crop(image, view, target, scratch)
+                else:
+                    crop = scratch.crop[:num].reshape(size, size, 3)
+                    _crop(image, view, crop, scratch)
+                    planes = scratch.planes[: 4 * size * size].reshape(4, size * size)
+                    photometric_image(
+                        crop,
+                        view,
+                        coloring.kernel_sizes[v],
+                        coloring.mean,
+                        coloring.std,
+                        planes[:3],
+                        planes[3],
+                        target,
+                    )
+        return end, OK
+
+    return render  # type: ignore[no-any-return]

@@ -19,6 +19,9 @@ from numba import types
 from numba.extending import intrinsic
 
 PIXEL_FORMAT_RGBX = 2  # TJPF_RGBX
+HARMLESS_WARNING = "extraneous bytes before marker 0xd9"
+"""Junk before the end-of-image marker: every pixel was decoded, and nothing can have gone wrong after it.
+(libjpeg-turbo remembers the first warning alone, so junk before any other marker may hide worse damage.)"""
 NUM_CHANNELS = 4  # of RGBX: four bytes a pixel keep the resampler's vectors aligned
 
 
@@ -34,13 +37,13 @@ def library() -> ctypes.CDLL:
     """The libjpeg-turbo that FFCV is linked against.
 
     Raises:
-        RuntimeError: FFCV is not installed, or its extension cannot be loaded.
+        OSError: FFCV is not installed, or its extension cannot be loaded.
     """
     spec = importlib.util.find_spec("ffcv")
     folders = list(spec.submodule_search_locations or []) if spec else []
     extensions = [path for folder in folders for path in Path(folder).glob("_libffcv*.so")]
     if not extensions:
-        raise RuntimeError("`ffcv` is needed to decode JPEGs and was not found; install requirements.txt")
+        raise OSError("`ffcv` is needed to decode JPEGs and was not found; install requirements.txt")
     turbojpeg = ctypes.CDLL(str(extensions[0]))
     turbojpeg.tjInitDecompress.restype = ctypes.c_void_p
     turbojpeg.tjDestroy.argtypes = [ctypes.c_void_p]

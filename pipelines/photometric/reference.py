@@ -12,7 +12,10 @@ Legend: N images, H×W pixels; images are [N, 3, H, W] in [0, 1]; factors are [N
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import conv2d, pad
 
@@ -42,9 +45,11 @@ def photometric(
         [N, 3, H, W], channels_last, normalised.
     """
     images = images_u8.to(dtype) / 255.0
+    if len(images) == 0:
+        return images
 
     def column(name: str) -> Tensor:
-        return torch.from_numpy(params[name].copy()).to(images.device)
+        return to_device(params[name].copy(), images.device)
 
     if view.jitter_prob > 0.0:
         images = jitter(images, column("jitter_order"), column("jitter_factor").to(dtype))
@@ -129,8 +134,15 @@ def solarize(images: Tensor, threshold: Tensor) -> Tensor:
 
 def normalize(images: Tensor, mean: tuple[float, float, float], std: tuple[float, float, float]) -> Tensor:
     """(x − mean) / std by channel."""
-    mean_C11 = images.new_tensor(mean)[:, None, None]
-    return (images - mean_C11) / images.new_tensor(std)[:, None, None]
+    red, green, blue = images.unbind(-3)  # channel by channel: constants in the launch, no copy to the device
+    channels = [(plane - m) / s for plane, m, s in zip((red, green, blue), mean, std, strict=True)]
+    return torch.stack(channels, dim=-3)
+
+
+def to_device(array: NDArray[Any], device: torch.device) -> Tensor:
+    """Copy an array to a device, without making the host wait for a GPU's queue."""
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def _per_image(values: Tensor) -> Tensor:

@@ -1,14 +1,19 @@
 """The loader: the same views on any number of ranks and threads, from any start; bad samples by name."""
 
+import hashlib
+import io
 import logging
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torchvision.transforms.v2 import functional as F
 
 from pipelines.beton import open_beton
+from pipelines.decode.kernel import render_kernel
 from pipelines.ffcv_loader import FFCVLoader
 from pipelines.order import epoch_order
 from pipelines.params import draw_views
@@ -72,10 +77,6 @@ def test_a_restarted_epoch_goes_on_with_the_same_batches(make_loader):
 
 def test_a_batch_is_decode_crop_and_chain_by_others(make_loader, beton):
     # Pillow decodes, torchvision crops and flips, the float64 reference chain colours.
-    import io
-
-    from PIL import Image
-
     batch = next(make_loader(seed=4).epoch(3))
     samples = epoch_order(4, 3, beton.num_samples)[:8]
     assert batch.sample_indices.tolist() == samples.tolist()
@@ -237,3 +238,79 @@ def test_a_file_of_bad_samples_stops_even_when_skipping(make_loader, tmp_path):
     loader = make_loader(data=open_beton(bad.path), on_error="skip")
     with pytest.raises(ValueError, match="cannot be decoded"):
         list(loader.epoch(0))
+
+
+def junk_before_first_table(jpeg):
+    """Three bytes that belong to no segment, after the first one: libjpeg-turbo warns while it reads the header."""
+    end = 4 + int.from_bytes(jpeg[4:6], "big")
+    return jpeg[:end] + b"\1\2\3" + jpeg[end:]
+
+
+def junk_before_end(jpeg):
+    return jpeg[:-2] + b"\0\1" + jpeg[-2:]
+
+
+def replace_sample(beton, sample, change, folder):
+    """A copy of the file in which one JPEG is changed to one of at most its size (its comment makes room)."""
+    data = bytearray(beton.path.read_bytes())
+    start, size = int(beton.offsets[sample]), int(beton.sizes[sample])
+    file = io.BytesIO()
+    Image.open(io.BytesIO(data[start : start + size])).save(file, "JPEG", quality=20)
+    changed = change(file.getvalue())
+    assert len(changed) <= size
+    data[start : start + size] = changed + bytes(size - len(changed))
+    path = folder / beton.path.name
+    path.write_bytes(data)
+    return open_beton(path), changed
+
+
+CENTER = Recipe(views=(ViewRecipe(size=20, crop="center"),))
+
+
+def test_junk_before_the_end_of_a_jpeg_harms_nothing(make_loader, beton, tmp_path):
+    changed, jpeg = replace_sample(beton, 7, junk_before_end, tmp_path)
+    batch = next(make_loader(CENTER, changed, training=False).epoch(0))
+    image = torch.from_numpy(np.array(Image.open(io.BytesIO(jpeg)).convert("RGB"))).permute(2, 0, 1).double()
+    side = min(image.shape[1:])
+    expected = F.resized_crop(
+        image, (image.shape[1] - side) // 2, (image.shape[2] - side) // 2, side, side, [20, 20], antialias=True
+    )
+    assert (batch.views[0][7] * 255 - expected).abs().max() < 0.51
+
+
+def test_junk_before_a_header_marker_is_refused_and_shows_no_other_images_pixels(make_loader, beton, tmp_path):
+    changed, _ = replace_sample(beton, 7, junk_before_first_table, tmp_path)
+    with pytest.raises(ValueError, match=r"sample 7 .*cannot be decoded: .*extraneous bytes before marker"):
+        next(make_loader(CENTER, changed, training=False).epoch(0))
+
+
+def test_a_torn_manifest_does_not_hide_the_sample(make_loader, beton, tmp_path):
+    data = damage(beton, 13, tmp_path)
+    (tmp_path / "set.beton.json").write_text("{")
+    with pytest.raises(ValueError, match=r"sample 13 of .*set.beton cannot be decoded"):
+        list(make_loader(data=data).epoch(0))
+
+
+def test_sets_of_one_shape_are_told_apart(make_loader, tmp_path):
+    states = []
+    for name, sizes in (("a", [(8, 8)] * 8), ("b", [(8, 8)] * 8)):
+        (tmp_path / name).mkdir()
+        beton = make_beton(tmp_path / name, sizes, encode="raw")
+        if name == "b":
+            data = bytearray(beton.path.read_bytes())
+            data[int(beton.offsets[3])] ^= 255
+            beton.path.write_bytes(data)
+            beton = open_beton(beton.path)
+        states.append(make_loader(data=beton).state_dict())
+    with pytest.raises(ValueError, match="`dataset`"):
+        make_loader(data=beton).load_state_dict(states[0])
+
+
+def test_compiled_kernels_follow_the_code_that_is_inlined_into_them():
+    # Numba's cache on disk knows only a kernel's own file; the others' content is in the kernel's closure.
+    from pipelines.decode import resample, turbojpeg
+    from pipelines.photometric import numba_kernels
+
+    sources = [Path(module.__file__).read_bytes() for module in (turbojpeg, resample, numba_kernels)]
+    cells = [cell.cell_contents for cell in render_kernel().py_func.__closure__]
+    assert hashlib.sha256(b"".join(sources)).hexdigest() in cells

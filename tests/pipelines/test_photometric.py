@@ -10,8 +10,9 @@ from torchvision.transforms.v2 import functional as F
 from pipelines.params import BRIGHTNESS, CONTRAST, HUE, NO_OP, SATURATION, VIEW_PARAMS
 from pipelines.photometric import reference
 from pipelines.photometric.numba_kernels import photometric_image
-from pipelines.recipe import IMAGENET_MEAN, IMAGENET_STD, Recipe, ViewRecipe
+from pipelines.recipe import Recipe, ViewRecipe
 
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 EVERYTHING = {"jitter_prob": 1.0, "gray_prob": 1.0, "blur_prob": 1.0, "solarize_prob": 1.0}
 TORCHVISION = {
     BRIGHTNESS: F.adjust_brightness,

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torchvision.transforms.v2 import functional as F
 
-from pipelines.decode.kernel import OK, REFUSED, WRONG_SIZE, decode
+from pipelines.decode.kernel import BAD_HEADER, OK, REFUSED, WRONG_SIZE, decode
 from pipelines.decode.resample import resized_crop
 from pipelines.decode.turbojpeg import addresses
 from pipelines.pool import Worker
@@ -128,6 +128,6 @@ def test_damaged_jpegs_are_refused_with_libjpegs_reason():
     assert status == REFUSED
     assert "Premature end of JPEG file" in reason
     status, _, reason = decode_bytes(b"no image at all", 64, 64)
-    assert status == REFUSED
+    assert status == BAD_HEADER
     assert "Not a JPEG file" in reason
     assert decode_bytes(data, 64, 63)[0] == WRONG_SIZE
