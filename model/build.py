@@ -32,6 +32,12 @@ class ModelConfig:
             raise ValueError(f"`model.temperature` must be a finite number > 0, got {self.temperature}; try 0.1")
 
 
+def num_views(config: ModelConfig) -> int:
+    """Views of each image that the method takes."""
+    assert config.method == "simclr"
+    return SimCLR.num_views
+
+
 def build_method(config: ModelConfig, seed: int) -> Method:
     """The method, with weights that depend on `config` and `seed` alone; global generators stay as they are.
 

@@ -9,6 +9,7 @@ never saw. It ends with a table, `runs/demo/summary.json` and `runs/demo/report.
 from __future__ import annotations
 
 import json
+import math
 import os
 import shlex
 import shutil
@@ -28,8 +29,10 @@ from train.evaluation.features import Representation
 from train.evaluation.few_shot import Accuracies, Protocol
 from train.evaluation.run import EvaluateConfig, evaluate
 from train.metrics import read_metrics
+from train.runtime import free_port
 
 CONFIG = Path("configs/digits_demo.yaml")
+NAME = "demo"  # as in that file
 KINDS: tuple[Representation, ...] = get_args(Representation)
 PROTOCOLS: tuple[Protocol, ...] = get_args(Protocol)
 LABELS_PER_CLASS = (1, 5, 20)
@@ -40,6 +43,8 @@ def main() -> None:
     """Run all steps."""
     arguments = ["--config", str(CONFIG), *sys.argv[1:]]
     config = parse_pretrain_config(arguments)
+    if config.name != NAME:
+        raise ValueError(f"`name` must stay {NAME!r}, the run that a demo starts by removing, got {config.name!r}")
     data = Path(config.data.path).parent
     print("1/4  scikit-learn's handwritten digits → folders of PNGs → .beton")
     write_digits(data)
@@ -71,8 +76,12 @@ def main() -> None:
 
 def launcher() -> list[str | Path]:
     """The `deepspeed` command: on all GPUs, or with two ranks on the CPU."""
-    command: list[str | Path] = [Path(sys.executable).with_name("deepspeed")]
-    return command if torch.cuda.is_available() else [*command, "--num_gpus", str(NUM_CPU_RANKS)]
+    num_ranks = NUM_CPU_RANKS
+    if torch.cuda.is_available():
+        # A batch of 256 divides among so many of the GPUs that there are.
+        num_ranks = 2 ** int(math.log2(torch.cuda.device_count()))
+    deepspeed = Path(sys.executable).with_name("deepspeed")
+    return [deepspeed, "--num_gpus", str(num_ranks), "--master_port", str(free_port())]
 
 
 def evaluation(run_dir: Path, data: Path, kind: Representation) -> EvaluateConfig:

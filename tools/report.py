@@ -16,7 +16,6 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 import torch
-import yaml
 from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
@@ -26,7 +25,7 @@ from pipelines.build import DataConfig, build_loader
 from pipelines.recipe import Recipe, build_recipe
 from train.checkpoint import latest_checkpoint, load_checkpoint
 from train.cli import run
-from train.config import CONFIG_FILE, PretrainConfig, config_from_dict
+from train.config import CONFIG_FILE, PretrainConfig, config_from_dict, read_run_config
 from train.metrics import read_metrics
 
 NUM_SHOWN = 12  # images on the contact sheet
@@ -63,9 +62,7 @@ def write_report(run_dir: Path) -> Path:
     Raises:
         ValueError: the directory holds no run.
     """
-    if not (run_dir / CONFIG_FILE).exists():
-        raise ValueError(f"{run_dir} holds no {CONFIG_FILE}; give the directory of a run")
-    config = config_from_dict(yaml.safe_load((run_dir / CONFIG_FILE).read_text()))
+    config = config_from_dict(read_run_config(run_dir))
     sections = [
         _section("Accuracy", _accuracy(run_dir)),
         _section("Training", _curves(run_dir)),

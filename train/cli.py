@@ -11,12 +11,17 @@ import re
 import sys
 from argparse import ArgumentError
 from collections.abc import Callable, Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch.distributed as dist
 from jsonargparse import ArgumentParser, Namespace
 
 TRACEBACK_VARIABLE = "TWINVIEW_TRACEBACK"
+UNKNOWN_OPTION = (  # as argparse and jsonargparse put it
+    r"unrecognized arguments: (?:--)?([^ =]+)",
+    r"Group '(.*)' does not accept option '(.*)'",
+    r"Option '(.*)' is not accepted",
+)
 EXIT_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 1, 2, 130
 
 
@@ -47,29 +52,39 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     sys.exit(code)
 
 
-def parse(parser: ArgumentParser, arguments: Sequence[str] | None = None) -> Namespace:
-    """Parse with jsonargparse, its complaints turned into one line that names field, expected and found.
+def parse(parser: ArgumentParser, arguments: Sequence[str] | dict[str, Any] | None = None) -> Namespace:
+    """Parse words of a command line (by default the process's), or nested values, with jsonargparse.
 
     Raises:
-        ValueError: an unknown key, a value of the wrong kind, a missing one, or no such file.
+        ValueError: an unknown key, a value of the wrong kind, a missing one, or no such file; one line that names
+            field, expected and found.
     """
     try:
-        return parser.parse_args(arguments)
+        parsed: Namespace = (
+            parser.parse_object(arguments) if isinstance(arguments, dict) else parser.parse_args(arguments)
+        )
+        return parsed
+    except UnicodeDecodeError as error:
+        raise ValueError("`--config` must name a YAML file, got one that is no text") from error
     except ArgumentError as error:
         raise ValueError(_clarify(parser, " ".join(str(error).split()))) from error
 
 
 def _clarify(parser: ArgumentParser, message: str) -> str:
-    if match := re.fullmatch(r'Parser key "(.+?)": Expected a (.+)\. Got value: (.*)', message):
+    """One line in our words, where jsonargparse's or argparse's complaint is of a known form."""
+    if match := re.search(r'Parser key "([^"]+)": Expected a (.+?)\. Got value: (.*)', message):
         key, kind, found = match.groups()
         if choices := re.fullmatch(r"typing\.Literal\[(.*)\]", kind):
             return f"`{key}` must be one of {choices[1]}, got {found}"
+        if "tuple" in kind:
+            return f"`{key}` must be a list such as [1, 2], got {found}"
         kind = re.sub(r"<class '(.*)'>", r"\1", kind)
         return f"`{key}` must be of type {kind}, got {found}"
-    if match := re.fullmatch(r"unrecognized arguments: (?:--)?([^ =]+).*", message):
-        return _unknown(parser, match[1])
-    if match := re.fullmatch(r"Group '(.*)' does not accept option '(.*)'", message):
-        return _unknown(parser, f"{match[1]}.{match[2]}")
+    for form in UNKNOWN_OPTION:
+        if match := re.search(form, message):
+            return _unknown(parser, ".".join(match.groups()))
+    if match := re.fullmatch(r"Unexpected config:\s*(.*)", message):
+        return f"`--config` must name a YAML file of sections and options, got {match[1] or 'an empty one'}"
     return message
 
 
@@ -81,10 +96,10 @@ def _unknown(parser: ArgumentParser, key: str) -> str:
 
 
 def _complain(error: Exception) -> None:
-    """Print the line, once for all ranks while they still check the same input, and by name once they differ."""
+    """Print the line: once a machine while all ranks check the same input, and by name once they may differ."""
     rank = os.environ.get("RANK", "0")
     line = " ".join(str(error).split())
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         print(f"error: rank {rank}: {line}", file=sys.stderr)  # noqa: T201
-    elif rank == "0":
+    elif os.environ.get("LOCAL_RANK", "0") == "0" or isinstance(error, UnfitEnvironment):
         print(f"error: {line}", file=sys.stderr)  # noqa: T201

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
-from model.build import ModelConfig
+from model.build import ModelConfig, num_views
 from pipelines.build import DataConfig
-from pipelines.recipe import AugmentConfig
+from pipelines.recipe import AugmentConfig, build_recipe
 from train.cli import parse
 from train.optim.lars import LARSConfig
 from train.schedule import ScheduleConfig
@@ -38,7 +38,8 @@ ADJUSTABLE = frozenset(
         "train.keep_checkpoints",
     }
 )
-"""What may differ when a run is resumed: none of it changes what is learned."""
+"""What may differ when a run is resumed: what machine it runs on, not what it learns (but for rounding, and for the
+samples that `on_error: skip` replaces)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,12 +91,17 @@ class PretrainConfig:
     """Where run directories are made."""
 
     def __post_init__(self) -> None:
-        if not self.name or Path(self.name).name != self.name:
+        if self.name in {"", ".."} or Path(self.name).name != self.name:
             raise ValueError(f"`name` must be a plain folder name, got {self.name!r}")
-        if self.schedule.warmup_epochs > self.train.epochs:
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"`seed` must be from 0 to 2**63 − 1, got {self.seed}")
+        if self.data.global_batch_size < 2:
+            raise ValueError("`data.global_batch_size` must be at least 2, got 1; one image has no negatives")
+        num_drawn, num_taken = len(build_recipe(self.augment).views), num_views(self.model)
+        if num_drawn != num_taken:
             raise ValueError(
-                f"`schedule.warmup_epochs` must not exceed `train.epochs` {self.train.epochs}, "
-                f"got {self.schedule.warmup_epochs}; shorten the warm-up"
+                f"`augment.recipe` must draw the {num_taken} views of each image that {self.model.method} takes, "
+                f"got {self.augment.recipe}, which draws {num_drawn}"
             )
 
     @property
@@ -110,11 +116,17 @@ def parse_pretrain_config(arguments: Sequence[str] | None = None) -> PretrainCon
     Raises:
         ValueError: an unknown key or a value outside its choices; one line.
     """
-    parser = ArgumentParser(prog="pretrain.py", description="Pretrain an encoder without labels.", exit_on_error=False)
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = ArgumentParser(
+        prog="pretrain.py",
+        description="Pretrain an encoder without labels.",
+        exit_on_error=False,
+        allow_abbrev=False,
+    )
     parser.add_argument("--config", action="config", help="a YAML file; later arguments override it")
     parser.add_argument("--local_rank", type=int, default=-1, help="set by the deepspeed launcher; not used")
     parser.add_class_arguments(PretrainConfig)
-    return _build(PretrainConfig, parser, parse(parser, arguments))
+    return _build(parser, parse(parser, arguments))
 
 
 def config_from_dict(resolved: dict[str, Any]) -> PretrainConfig:
@@ -125,12 +137,34 @@ def config_from_dict(resolved: dict[str, Any]) -> PretrainConfig:
     """
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(PretrainConfig)
-    return _build(PretrainConfig, parser, parser.parse_object(resolved))
+    return _build(parser, parse(parser, resolved))
 
 
-def _build(kind: type[PretrainConfig], parser: ArgumentParser, parsed: Namespace) -> PretrainConfig:
+def _build(parser: ArgumentParser, parsed: Namespace) -> PretrainConfig:
+    keys = parser.get_defaults(skip_validation=True).keys()
+    for section in sorted({key.rpartition(".")[0] for key in keys} - {""}):
+        if not isinstance(parsed.get(section), Namespace):
+            raise ValueError(f"`{section}` must hold options, got {parsed.get(section)}; `--help` lists them")
     values = parser.instantiate(parsed)
-    return kind(**{name: values[name] for name in kind.__dataclass_fields__})
+    return PretrainConfig(**{name: values[name] for name in PretrainConfig.__dataclass_fields__})
+
+
+def read_run_config(run_dir: Path) -> dict[str, Any]:
+    """The resolved configuration that a run directory holds.
+
+    Raises:
+        ValueError: there is none, or it is damaged.
+    """
+    path = run_dir / CONFIG_FILE
+    if not path.is_file():
+        raise ValueError(f"{run_dir} holds no {CONFIG_FILE}; give the directory of a run")
+    try:
+        resolved = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError):
+        resolved = None
+    if not isinstance(resolved, dict):
+        raise ValueError(f"{path} is damaged; remove {run_dir} to start over")
+    return resolved
 
 
 def claim_run_dir(config: PretrainConfig) -> None:
@@ -142,7 +176,7 @@ def claim_run_dir(config: PretrainConfig) -> None:
     path = config.run_dir / CONFIG_FILE
     ours = _flatten(asdict(config))
     if path.exists():
-        theirs = _flatten(yaml.safe_load(path.read_text()))
+        theirs = _flatten(read_run_config(config.run_dir))
         for key in sorted(ours.keys() | theirs.keys()):
             if key not in ADJUSTABLE and _plain(ours.get(key)) != theirs.get(key):
                 raise ValueError(
@@ -150,7 +184,10 @@ def claim_run_dir(config: PretrainConfig) -> None:
                     f"choose another `name`, or remove {config.run_dir} to start over"
                 )
         return
-    config.run_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        config.run_dir.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise ValueError(f"`runs_dir` must be a folder, found a file at {error.filename}; name another") from error
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
     temporary.write_text(yaml.safe_dump(resolved_dict(config), sort_keys=False))
     temporary.replace(path)

@@ -54,7 +54,7 @@ class Engine:
     ) -> None:
         deepspeed = _import_deepspeed(device)
         config = deepspeed_config(precision, local_batch_size, ranks.world_size)
-        self._world_size = ranks.world_size
+        self._world_size, self._device = ranks.world_size, device
         self.optimizer = optimizer
         self._engine = deepspeed.initialize(
             model=method, model_parameters=method.parameters(), optimizer=optimizer, config=config
@@ -77,7 +77,7 @@ class Engine:
 
     def mean_over_ranks(self, metrics: dict[str, Tensor]) -> dict[str, float]:
         """Average scalars over the ranks, in one collective; waits for the device. All ranks must call."""
-        values = torch.stack([value.detach().double() for value in metrics.values()])
+        values = torch.stack([value.detach().to(self._device, torch.float64) for value in metrics.values()])
         if self._world_size > 1:
             dist.all_reduce(values)
         return dict(zip(metrics, (values / self._world_size).tolist(), strict=True))

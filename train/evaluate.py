@@ -10,7 +10,7 @@ from pathlib import Path
 if not __package__:  # started as a file: put the project's root, not this folder, on the path
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, set_parsing_settings
 
 from train.cli import parse, run
 from train.evaluation.run import EvaluateConfig, evaluate, output_path
@@ -23,10 +23,13 @@ PROTOCOLS = {
 
 def main() -> None:
     """Parse, evaluate, print."""
-    parser = ArgumentParser(prog="evaluate.py", description="Evaluate a learned encoder.", exit_on_error=False)
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = ArgumentParser(
+        prog="evaluate.py", description="Evaluate a learned encoder.", exit_on_error=False, allow_abbrev=False
+    )
     commands = parser.add_subcommands(dest="protocol")
     for name, help_text in PROTOCOLS.items():
-        command = ArgumentParser(description=help_text, exit_on_error=False)
+        command = ArgumentParser(description=help_text, exit_on_error=False, allow_abbrev=False)
         command.add_class_arguments(EvaluateConfig)
         commands.add_subcommand(name, command, help=help_text)
     parsed = parse(parser)

@@ -11,6 +11,7 @@ import math
 import time
 from typing import NoReturn
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 from tqdm import tqdm
@@ -32,7 +33,7 @@ from train.metrics import MetricsWriter
 from train.optim.lars import peak_lr
 from train.optim.param_groups import load_state_by_name, state_by_name
 from train.runtime import Ranks, package_versions
-from train.schedule import learning_rate, num_warmup_steps
+from train.schedule import learning_rate
 
 logger = logging.getLogger(__name__)
 
@@ -68,6 +69,7 @@ class Pretraining:
         engine: steps both.
         loader: of this rank's batches.
         ranks: of this process.
+        warmup_steps: of the learning rate.
     """
 
     def __init__(
@@ -78,15 +80,15 @@ class Pretraining:
         engine: Engine,
         loader: Loader,
         ranks: Ranks,
+        *,
+        warmup_steps: int,
     ) -> None:
         self.config, self.method, self.optimizer = config, method, optimizer
         self.engine, self.loader, self.ranks = engine, loader, ranks
         self.step = 0  # optimizer steps done
         self.steps_per_epoch = len(loader)
         self.total_steps = config.train.epochs * self.steps_per_epoch
-        self.warmup_steps = num_warmup_steps(
-            config.schedule, steps_per_epoch=self.steps_per_epoch, total_steps=self.total_steps
-        )
+        self.warmup_steps = warmup_steps
         self.peak_lr = peak_lr(config.optim, config.data.global_batch_size)
         self._start = (0, 0)  # epoch and batch
 
@@ -105,6 +107,19 @@ class Pretraining:
         load_state_by_name(self.optimizer, checkpoint.optimizer)
         self.step = checkpoint.position["step"]
         logger.info("resuming from %s: epoch %d, batch %d", path, *self._start)
+
+    def check_ranks_agree(self) -> None:
+        """Refuse to go on where ranks stand at different steps. All ranks must call.
+
+        Raises:
+            ValueError: some ranks do not see the run directory that the others see.
+        """
+        mean = self.engine.mean_over_ranks({"step": torch.tensor(float(self.step))})["step"]
+        if mean != self.step:
+            raise ValueError(
+                f"all ranks must resume from one checkpoint, got step {self.step} on rank {self.ranks.rank} and "
+                f"{mean:g} on average; put `runs_dir` on a file system that all machines share"
+            )
 
     def run(self) -> None:
         """Train until the last epoch is done. All ranks must call."""
@@ -137,10 +152,13 @@ class Pretraining:
             metrics, lr = self._train_step(batch)
             watch.record(self.config.data.global_batch_size, waited)
             bar.update()
-            if self.step % train.log_every == 0 or done == self.steps_per_epoch:
+            saving = done == self.steps_per_epoch or (
+                train.checkpoint_every > 0 and self.step % train.checkpoint_every == 0
+            )
+            if saving or self.step % train.log_every == 0:  # no checkpoint without a look at the loss
                 means = self.engine.mean_over_ranks(metrics)
                 self._log(writer, bar, {"epoch": epoch, "lr": lr} | means | watch.read())
-            if done == self.steps_per_epoch or (train.checkpoint_every and self.step % train.checkpoint_every == 0):
+            if saving:
                 self._save()
 
     def _train_step(self, batch: Batch) -> tuple[dict[str, Tensor], float]:

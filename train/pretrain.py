@@ -23,6 +23,7 @@ from train.loop import Pretraining
 from train.optim.lars import LARS
 from train.optim.param_groups import param_groups
 from train.runtime import choose_device, configure_logging, cores_per_rank, keep_freed_memory, read_ranks
+from train.schedule import num_warmup_steps
 
 
 def main() -> None:
@@ -31,6 +32,9 @@ def main() -> None:
     ranks = read_ranks()
     beton = open_beton(config.data.path)
     check_batch_size(config.data.global_batch_size, ranks.world_size, beton.num_samples)
+    steps_per_epoch = beton.num_samples // config.data.global_batch_size
+    total_steps = config.train.epochs * steps_per_epoch
+    warmup_steps = num_warmup_steps(config.schedule, steps_per_epoch=steps_per_epoch, total_steps=total_steps)
     device = choose_device(config.train.device, ranks)
     claim_run_dir(config)
     configure_logging(config.run_dir, ranks)
@@ -67,8 +71,9 @@ def main() -> None:
         num_cores=num_cores,
     )
     try:
-        pretraining = Pretraining(config, method, optimizer, engine, loader, ranks)
+        pretraining = Pretraining(config, method, optimizer, engine, loader, ranks, warmup_steps=warmup_steps)
         pretraining.restore()
+        pretraining.check_ranks_agree()
         pretraining.run()
     finally:
         loader.close()

@@ -44,7 +44,7 @@ def read_ranks() -> Ranks:
     ):
         os.environ.setdefault(name, default)
     if "MASTER_PORT" not in os.environ:
-        os.environ["MASTER_PORT"] = str(_free_port())
+        os.environ["MASTER_PORT"] = str(free_port())
     world_size = int(os.environ["WORLD_SIZE"])
     return Ranks(
         rank=int(os.environ["RANK"]),
@@ -62,12 +62,11 @@ def choose_device(wanted: Literal["auto", "cpu", "cuda"], ranks: Ranks) -> torch
     """
     num_gpus = torch.cuda.device_count() if wanted != "cpu" else 0
     if wanted == "cpu" or (wanted == "auto" and num_gpus == 0):
-        os.environ["DS_ACCELERATOR"] = "cpu"
         return torch.device("cpu")
     if num_gpus <= ranks.local_rank:
         raise UnfitEnvironment(
-            f"`train.device` is {wanted} and rank {ranks.rank} needs GPU number {ranks.local_rank}, but torch sees "
-            f"{num_gpus} GPUs; start fewer ranks, or use `--train.device cpu`"
+            f"device {wanted} was asked for and rank {ranks.rank} needs GPU number {ranks.local_rank}, but torch sees "
+            f"{num_gpus} GPUs; start fewer ranks, or ask for the cpu"
         )
     device = torch.device("cuda", ranks.local_rank)
     torch.cuda.set_device(device)
@@ -102,7 +101,9 @@ def configure_logging(run_dir: Path, ranks: Ranks) -> None:
     console.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
     root = logging.getLogger()
     root.handlers = [file, console] if ranks.rank == 0 else [file]
-    root.setLevel(logging.INFO)
+    root.setLevel(logging.WARNING)
+    for package in ("pipelines", "model", "train"):
+        logging.getLogger(package).setLevel(logging.INFO)
 
 
 def package_versions() -> dict[str, str]:
@@ -116,7 +117,8 @@ def package_versions() -> dict[str, str]:
     return versions
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A TCP port of this machine that nothing listens on."""
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         return int(server.getsockname()[1])

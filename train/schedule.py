@@ -21,7 +21,7 @@ class ScheduleConfig:
     """How the learning rate moves during a run."""
 
     warmup_epochs: float = 10.0
-    """Epochs of linear warm-up from 0 to the peak rate; then a cosine to 0 (SimCLR v1, section 2.2)."""
+    """Epochs of linear warm-up from 0 to the peak rate; then a cosine to 0 (SimCLR v1, section 2.3)."""
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.warmup_epochs < math.inf:

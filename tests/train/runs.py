@@ -37,12 +37,12 @@ def environment():
     }
 
 
-def start(command, **options):
+def start(command, extra_environment=None, **options):
     """Start a command from the project's root; output is text."""
     return subprocess.Popen(
         [str(word) for word in command],
         cwd=ROOT,
-        env=environment(),
+        env=environment() | (extra_environment or {}),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

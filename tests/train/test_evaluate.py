@@ -49,6 +49,7 @@ def features(run_dir, representation, split):
         config_from_dict(checkpoint.config),
         device=torch.device("cpu"),
         num_cores=1,
+        batch_size=10,
     )
 
 
@@ -93,6 +94,7 @@ def test_representations_are_what_they_say(run_dir):
         (["--test_data=nowhere.beton"], "nowhere.beton"),
         (["--labels_per_class=[50]"], "labels per class must be between 1 and 16, the size of class 0, got 50"),
         (["--device=cuda"], "torch sees 0 GPUs"),
+        (["--num_seeds=0"], "`num_seeds` must be at least 1, got 0"),
         (["--representation=best"], "`representation` must be one of"),
     ],
 )
@@ -102,3 +104,10 @@ def test_bad_input_gets_one_line_and_code_2(run_dir, options, message):
     assert err.startswith("error: ")
     assert len(err.splitlines()) == 1
     assert message in err
+
+
+def test_sets_of_other_classes_are_refused_by_the_first_that_differs(run_dir, tmp_path):
+    make_beton(tmp_path, [(24, 20)] * 6, encode="raw", num_classes=3)
+    code, _, err = evaluate(run_dir, "knn", f"--test_data={tmp_path}/set.beton")
+    assert code == 2
+    assert f"label 3 is None in {tmp_path}/set.beton and class3 in" in err

@@ -159,14 +159,11 @@ def missing(data, folder):
         (foreign, [], "foreign.beton"),
         (torn, [], "torn.beton"),
         (None, ["--optim.bas_lr=1"], "there is no option `optim.bas_lr`; did you mean `optim.base_lr`?"),
-        (None, ["--model.method=simclear"], "`model.method` must be one of 'simclr', got simclear"),
         (None, ["--model.encoder.depth=20"], "`model.encoder.depth` must be one of 10, 18, 34, 50, 101, 152, got 20"),
-        (None, ["--model.temperature=-1"], "`model.temperature` must be"),
-        (None, ["--model.temperature=warm"], "`model.temperature` must be of type float, got warm"),
         (None, ["--data.global_batch_size=500"], "`data.global_batch_size` must not exceed the 80 images"),
         (None, ["--train.device=cuda"], "torch sees 0 GPUs"),
-        (None, ["--schedule.warmup_epochs=9"], "`schedule.warmup_epochs` must not exceed `train.epochs` 3, got 9"),
-        (None, ["--name=a/b"], "`name` must be a plain folder name"),
+        (None, ["--schedule.warmup_epochs=2.95"], "`schedule.warmup_epochs` must be shorter than the run of 15 steps"),
+        (None, ["--augment.recipe=supervised"], "`augment.recipe` must draw the 2 views"),
         (None, ["--config=nowhere.yaml"], "nowhere.yaml"),
     ],
 )
@@ -197,6 +194,43 @@ def test_the_deepspeed_launcher_passes_code_2_on(data, tmp_path, port):
     )
     assert code == 2, out + err
     assert "must be divisible by world size 2, got 15; use 14 or 16" in err
+
+
+def test_a_fault_of_one_rank_alone_is_told(data, tmp_path):
+    alone = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29999"}
+    code, _, err = finish(start(pretrain(tmp_path / "runs", data, "--train.device=cuda"), extra_environment=alone))
+    assert code == 2
+    assert "error: device cuda was asked for and rank 1 needs GPU number 1, but torch sees 0 GPUs" in err
+
+
+@pytest.mark.distributed
+def test_a_run_goes_on_at_another_world_size_as_it_would_have(data, tmp_path, port):
+    options = ["--train.checkpoint_every=3", "--train.keep_checkpoints=100", "--optim.base_lr=0.1"]
+    assert_done(start(pretrain(tmp_path, data, *options)))
+    whole = curve(tmp_path)
+    for path in list_checkpoints(tmp_path / "run"):
+        if load_checkpoint(path).position["step"] > 9:  # the last one left is of the middle of the second epoch
+            path.unlink()
+    torchrun = (BIN / "torchrun", "--nproc_per_node=2", f"--master_port={port}")
+    assert_done(start(pretrain(tmp_path, data, *options, "--data.num_threads=3", launcher=torchrun)))
+    resumed = curve(tmp_path)
+    assert [line["step"] for line in resumed] == [line["step"] for line in whole]
+    assert resumed[:9] == whole[:9]
+    for ours, theirs in zip(resumed[9:], whole[9:], strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-4)
+
+
+def test_ctrl_c_ends_with_code_130_and_the_run_can_go_on(data, tmp_path):
+    command = pretrain(tmp_path, data, "--train.epochs=20", "--train.checkpoint_every=2")
+    process = start(command)
+    wait_for(lambda: list_checkpoints(tmp_path / "run"), process)
+    process.send_signal(signal.SIGINT)
+    code, _, err = finish(process)
+    assert code == 130, err
+    assert "Traceback" not in err
+    assert not list((tmp_path / "run" / "checkpoints").glob("*.partial"))
+    assert_done(start(command))
+    assert read_metrics(tmp_path / "run")[-1]["step"] == 20 * STEPS_PER_EPOCH
 
 
 def test_a_run_directory_belongs_to_one_configuration(data, tmp_path):

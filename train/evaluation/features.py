@@ -68,7 +68,13 @@ def open_residual_branches(encoder: nn.Module) -> None:
 
 
 def represent(
-    encoder: nn.Module, data: str | Path, config: PretrainConfig, *, device: torch.device, num_cores: int
+    encoder: nn.Module,
+    data: str | Path,
+    config: PretrainConfig,
+    *,
+    batch_size: int,
+    device: torch.device,
+    num_cores: int,
 ) -> Features:
     """Represent every image of a `.beton`, in its order.
 
@@ -76,13 +82,14 @@ def represent(
         encoder: from `build_encoder`.
         data: the labelled file.
         config: of the run, for the side and the normalisation of the views.
+        batch_size: images that go through the encoder at a time.
         device: to compute on.
         num_cores: threads for decoding.
 
     Raises:
         ValueError: the file is missing, damaged or has no labels.
     """
-    with closing(_center_loader(data, config, device, num_cores)) as loader:
+    with closing(_center_loader(data, config, batch_size, device, num_cores)) as loader:
         return _extract(encoder.to(device).to(memory_format=torch.channels_last), loader)
 
 
@@ -96,13 +103,15 @@ def _extract(encoder: nn.Module, loader: Loader) -> Features:
     return Features(values=torch.cat(values), labels=torch.cat(labels))
 
 
-def _center_loader(data: str | Path, config: PretrainConfig, device: torch.device, num_cores: int) -> Loader:
+def _center_loader(
+    data: str | Path, config: PretrainConfig, batch_size: int, device: torch.device, num_cores: int
+) -> Loader:
     """Every image of a labelled file once, in its order, as a central view."""
     beton = open_beton(data)
     if beton.labels is None:
         raise ValueError(f"{data} has no labels to evaluate with; convert a folder with one folder for each class")
     return build_loader(
-        DataConfig(path=str(data), global_batch_size=config.data.global_batch_size),
+        DataConfig(path=str(data), global_batch_size=batch_size),
         beton,
         center_recipe(config.augment),
         seed=0,

@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Literal
 
+from pipelines.beton import open_beton
+from pipelines.manifest import load_manifest
 from train.checkpoint import latest_checkpoint, load_checkpoint
 from train.config import config_from_dict
 from train.evaluation.features import Features, Representation, build_encoder, represent
@@ -33,10 +36,19 @@ class EvaluateConfig:
     """Random subsets of each such size; means and standard deviations are over them."""
     k: int = 20
     """Neighbours that vote (`knn` alone)."""
+    batch_size: int = 256
+    """Images that go through the encoder at a time."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto`: a GPU if there is one."""
     output_dir: str | None = None
     """Where `PROTOCOL-REPRESENTATION.json` is written; by default `evaluation/` in the run directory."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_seeds", "k", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}")
+        if any(count < 1 for count in self.labels_per_class):
+            raise ValueError(f"`labels_per_class` must be at least 1 each, got {list(self.labels_per_class)}")
 
 
 def evaluate(protocols: Sequence[Protocol], config: EvaluateConfig) -> dict[Protocol, Accuracies]:
@@ -49,6 +61,7 @@ def evaluate(protocols: Sequence[Protocol], config: EvaluateConfig) -> dict[Prot
         ValueError: a file is missing, damaged or unlabelled, or a class has too few samples.
     """
     path = find_checkpoint(Path(config.checkpoint))
+    check_same_classes(config.train_data, config.test_data)
     train, test = _represent_both(path, config)
     results: dict[Protocol, Accuracies] = {}
     for protocol in protocols:
@@ -100,7 +113,29 @@ def _represent_both(path: Path, config: EvaluateConfig) -> tuple[Features, Featu
     checkpoint = load_checkpoint(path)
     encoder, trained = build_encoder(config.representation, checkpoint), config_from_dict(checkpoint.config)
     train, test = (
-        represent(encoder, data, trained, device=device, num_cores=num_cores)
+        represent(encoder, data, trained, batch_size=config.batch_size, device=device, num_cores=num_cores)
         for data in (config.train_data, config.test_data)
     )
     return train, test
+
+
+def check_same_classes(train_data: str, test_data: str) -> None:
+    """Refuse two files whose labels mean different classes, as far as their manifests tell.
+
+    Raises:
+        ValueError: the first class that differs; or a file is missing or damaged.
+    """
+    manifests = []
+    for path in (train_data, test_data):
+        open_beton(path)
+        manifests.append(load_manifest(path))
+    train, test = manifests
+    if train is None or test is None or train.classes == test.classes:
+        return
+    ours, theirs = train.classes or [], test.classes or []
+    pairs = enumerate(zip_longest(ours, theirs))
+    label, (expected, found) = next((i, pair) for i, pair in pairs if pair[0] != pair[1])
+    raise ValueError(
+        f"`test_data` must have the classes of `train_data`, but label {label} is {found} in {test_data} and "
+        f"{expected} in {train_data}; convert both from folders with the same class names"
+    )

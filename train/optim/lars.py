@@ -23,7 +23,7 @@ from torch.optim import Optimizer
 
 @dataclass(frozen=True, kw_only=True)
 class LARSConfig:
-    """Hyperparameters of LARS; the defaults are SimCLR's (v1, section 2.2; momentum and η from its code)."""
+    """Hyperparameters of LARS; the defaults are SimCLR's (v1, section 2.3; momentum and η from its code)."""
 
     base_lr: float = 0.3
     """Learning rate before scaling by the global batch size; SimCLR: 0.3 (`linear`) or 0.075 (`sqrt`)."""
