@@ -3,7 +3,9 @@
 SHELL := /bin/bash
 BIN := .venv/bin
 JOBS ?= auto
-export OMP_NUM_THREADS ?= 1
+test test-all bench: export OMP_NUM_THREADS ?= 1
+# Threads that wait for one another soon sleep, so that a busy machine does not stall them.
+export GOMP_SPINCOUNT ?= 1000
 
 .PHONY: setup setup-dev demo test test-all check bench format lock clean
 

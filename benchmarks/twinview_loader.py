@@ -13,6 +13,7 @@ from benchmarks.contestant import Run
 from pipelines.beton import Beton, open_beton
 from pipelines.ffcv_loader import FFCVLoader
 from pipelines.recipe import AugmentConfig, Recipe, build_recipe, supervised_view
+from train.runtime import keep_freed_memory
 
 EPOCH = 20_000  # images: as long as a large set's, so that its start and end weigh little
 WARM_UP_BATCHES = 4
@@ -23,6 +24,7 @@ RecipeName = Literal["crop", "simclr", "simclr_cifar"]
 def twinview(path: Path, recipe: RecipeName, size: int, batch_size: int, workers: int) -> Run:
     """The loader as training on the CPU uses it: two views, float32 in [0, 1], channels_last."""
     torch.set_num_threads(1)
+    keep_freed_memory()  # as the trainer does
     beton = _repeated(open_beton(path), EPOCH)
 
     def make() -> FFCVLoader:

@@ -4,11 +4,15 @@ Each subcommand is a protocol on frozen representations. It prints one line an a
 as JSON into the run directory's `evaluation/`, or where `--output_dir` says.
 """
 
+import os
 import sys
 from pathlib import Path
 
 if not __package__:  # started as a file: put the project's root, not this folder, on the path
     sys.path[0] = str(Path(__file__).resolve().parents[1])
+# Read once, when torch is loaded: its threads soon sleep where they wait for one another. Left to spin, they take the
+# cores from the very thread that they wait for, as soon as anything else runs on the machine.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 from jsonargparse import ArgumentParser, set_parsing_settings
 

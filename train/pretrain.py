@@ -4,11 +4,15 @@ Also under `torchrun`, and plainly under `python`. Everything that the user coul
 process group, a model or a folder exists.
 """
 
+import os
 import sys
 from pathlib import Path
 
 if not __package__:  # started as a file: put the project's root, not this folder, on the path
     sys.path[0] = str(Path(__file__).resolve().parents[1])
+# Read once, when torch is loaded: its threads soon sleep where they wait for one another. Left to spin, they take the
+# cores from the very thread that they wait for, as soon as anything else runs on the machine.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import torch
 
