@@ -15,7 +15,7 @@ from numba import njit
 from pipelines.params import BRIGHTNESS, CONTRAST, HUE, SATURATION
 
 RED_LUMA, GREEN_LUMA, BLUE_LUMA = np.float32(0.2989), np.float32(0.587), np.float32(0.114)
-ZERO, ONE = np.float32(0.0), np.float32(1.0)
+ZERO, ONE, LEVELS = np.float32(0.0), np.float32(1.0), np.float32(255.0)
 
 
 @njit(nogil=True, cache=True)
@@ -33,7 +33,8 @@ def photometric_image(crop, view, kernel_size, mean, std, planes, spare, out):
         out: float32 [S, S, 3]; written.
     """
     size = crop.shape[0]
-    _load(crop, planes)
+    red, green, blue = planes[0], planes[1], planes[2]
+    _load(crop.reshape(-1), red, green, blue)
     for step in range(4):
         op = view.jitter_order[step]
         if op == BRIGHTNESS:
@@ -52,23 +53,25 @@ def photometric_image(crop, view, kernel_size, mean, std, planes, spare, out):
             _blur_plane(planes[c], spare, size, weights)
     if view.solarize_threshold <= ONE:
         _solarize(planes, view.solarize_threshold)
-    _store(planes, mean, std, out)
+    _store(red, green, blue, mean, std, out.reshape(-1))
 
 
 @njit(nogil=True, cache=True)
-def _load(crop, planes):
-    pixels = crop.reshape(-1, 3)
-    for i in range(pixels.shape[0]):
-        for c in range(3):
-            planes[c, i] = np.float32(pixels[i, c]) / np.float32(255.0)
+def _load(pixels, red, green, blue):
+    for i in range(red.size):
+        red[i] = np.float32(pixels[3 * i]) / LEVELS
+        green[i] = np.float32(pixels[3 * i + 1]) / LEVELS
+        blue[i] = np.float32(pixels[3 * i + 2]) / LEVELS
 
 
 @njit(nogil=True, cache=True)
-def _store(planes, mean, std, out):
-    pixels = out.reshape(-1, 3)
-    for i in range(pixels.shape[0]):
-        for c in range(3):
-            pixels[i, c] = (planes[c, i] - mean[c]) / std[c]
+def _store(red, green, blue, mean, std, pixels):
+    red_mean, green_mean, blue_mean = mean[0], mean[1], mean[2]
+    red_std, green_std, blue_std = std[0], std[1], std[2]
+    for i in range(red.size):
+        pixels[3 * i] = (red[i] - red_mean) / red_std
+        pixels[3 * i + 1] = (green[i] - green_mean) / green_std
+        pixels[3 * i + 2] = (blue[i] - blue_mean) / blue_std
 
 
 @njit(nogil=True, cache=True)
@@ -91,15 +94,20 @@ def _brightness(planes, factor):
 
 @njit(nogil=True, cache=True)
 def _contrast(planes, factor):
-    red, green, blue = planes[0], planes[1], planes[2]
-    total = 0.0
-    for i in range(red.size):
-        total += _luma(red[i], green[i], blue[i])
-    shift = (ONE - factor) * np.float32(total / red.size)
+    shift = (ONE - factor) * np.float32(_luma_sum(planes[0], planes[1], planes[2]) / planes[0].size)
     for c in range(3):
         plane = planes[c]
         for i in range(plane.size):
             plane[i] = _clip(factor * plane[i] + shift)
+
+
+@njit(nogil=True, cache=True, fastmath={"reassoc"})
+def _luma_sum(red, green, blue):
+    """In float64, in the order that suits the processor's vectors."""
+    total = 0.0
+    for i in range(red.size):
+        total += _luma(red[i], green[i], blue[i])
+    return total
 
 
 @njit(nogil=True, cache=True)
