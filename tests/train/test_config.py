@@ -53,7 +53,7 @@ def test_a_bad_option_is_named(arguments, message):
     [
         ("train: 5\n", "`train` must hold options, got 5"),
         ("model: {encoder: null}\n", "`model.encoder` must hold options, got None"),
-        ("trian: {epochs: 3}\n", "there is no option `trian.epochs`; did you mean `train.epochs`?"),
+        ("trainn: {epochs: 3}\n", "there is no option `trainn.epochs`; did you mean `train.epochs`?"),
         ("data: {pth: x}\n", "there is no option `data.pth`; did you mean `data.path`?"),
         ("- a\n- b\n", "`--config` must name a YAML file of sections and options, got - a - b"),
         ("", "`--config` must name a YAML file of sections and options, got an empty one"),
