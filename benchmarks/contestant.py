@@ -75,7 +75,9 @@ class ContestantProcess:
 
     def __init__(self, contestant: Contestant) -> None:
         self.name = contestant.name
-        context = multiprocessing.get_context("spawn")  # nothing of the parent's state, and no copy of its threads
+        # Forked from a server without threads or state, which has done the import that takes everyone seconds.
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["torch"])
         self._pipe, theirs = context.Pipe()
         # Not a daemon, since those may have no worker processes.
         self._process = context.Process(target=_serve, args=(theirs, contestant), name=contestant.name)

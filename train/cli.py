@@ -9,6 +9,7 @@ import difflib
 import os
 import re
 import sys
+import time
 from argparse import ArgumentError
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
@@ -22,6 +23,7 @@ UNKNOWN_OPTION = (  # as argparse and jsonargparse put it
     r"Group '(.*)' does not accept option '(.*)'",
     r"Option '(.*)' is not accepted",
 )
+PATIENCE_S = 10.0  # ranks of one machine start within a few seconds of one another
 EXIT_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 1, 2, 130
 
 
@@ -96,10 +98,15 @@ def _unknown(parser: ArgumentParser, key: str) -> str:
 
 
 def _complain(error: Exception) -> None:
-    """Print the line: once a machine while all ranks check the same input, and by name once they may differ."""
+    """Print the line: by name once ranks may differ; before, once a machine, since all of them check the same input.
+
+    The launcher ends all ranks as soon as one exits. So the others give the first one time to speak; whoever still
+    runs after that has met a fault of its own.
+    """
     rank = os.environ.get("RANK", "0")
     line = " ".join(str(error).split())
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        print(f"error: rank {rank}: {line}", file=sys.stderr)  # noqa: T201
-    elif os.environ.get("LOCAL_RANK", "0") == "0" or isinstance(error, UnfitEnvironment):
-        print(f"error: {line}", file=sys.stderr)  # noqa: T201
+    differ = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    if not differ and os.environ.get("LOCAL_RANK", "0") != "0":
+        time.sleep(PATIENCE_S)
+        differ = True
+    print(f"error: rank {rank}: {line}" if differ else f"error: {line}", file=sys.stderr)  # noqa: T201

@@ -90,7 +90,7 @@ def torchvision_loader(path: Path, kind: Kind, size: int, colors: Colors, batch_
         sampler=sampler,
         num_workers=workers,
         persistent_workers=True,
-        multiprocessing_context="fork",  # as in a user's process: this one was spawned, and would spawn its workers
+        multiprocessing_context="fork",  # as in a user's process; this one would pass its own way of starting on
     )
 
     def run(num_images: int) -> None:

@@ -5,6 +5,7 @@ importable (a function of a test module, no lambda); its arguments and its resul
 """
 
 import os
+import signal
 import tempfile
 import time
 import traceback
@@ -14,6 +15,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+
+ENDED_BY_US = (-signal.SIGTERM, -signal.SIGKILL)
 
 
 def run_ranks(fn, world_size, *args, timeout_s=120):
@@ -27,6 +30,7 @@ def run_ranks(fn, world_size, *args, timeout_s=120):
         try:
             _join(context, timeout_s)
         except mp.ProcessExitedException as error:
+            _raise_crash(folder, context.processes)
             _raise_first_failure(folder, world_size)
             raise RuntimeError(f"rank {error.error_index} of {world_size}: {error}") from error
         finally:
@@ -42,6 +46,13 @@ def _join(context, timeout_s):
     while not context.join(timeout=0.2):
         if time.monotonic() > deadline:
             raise RuntimeError(f"{len(context.processes)} ranks did not end within {timeout_s} s")
+
+
+def _raise_crash(folder, processes):
+    """A rank that died without a word is the cause, even if another one that missed it was noticed first."""
+    for rank, process in enumerate(processes):
+        if process.exitcode not in {None, 0, *ENDED_BY_US} and not _failure(folder, rank).exists():
+            raise RuntimeError(f"rank {rank} of {len(processes)}: terminated with exit code {process.exitcode}")
 
 
 def _result(folder, rank):

@@ -200,7 +200,7 @@ def test_a_fault_of_one_rank_alone_is_told(data, tmp_path):
     alone = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29999"}
     code, _, err = finish(start(pretrain(tmp_path / "runs", data, "--train.device=cuda"), extra_environment=alone))
     assert code == 2
-    assert "error: device cuda was asked for and rank 1 needs GPU number 1, but torch sees 0 GPUs" in err
+    assert "error: rank 1: device cuda was asked for and rank 1 needs GPU number 1, but torch sees 0 GPUs" in err
 
 
 @pytest.mark.distributed
