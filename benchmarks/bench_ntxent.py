@@ -26,14 +26,12 @@ FORMS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "lightly": lambda z1, z2: lightly_nt_xent(z1, z2, TEMPERATURE),
 }
 
-# Two thirds of what was measured (EPYC, one thread, November 2026), so that noise does not fail them; goals are the
-# design's.
-FLOORS: dict[int, dict[str, Floor]] = {
-    1024: {"google": Floor(speed=1.0, goal=1.5), "lightly": Floor(speed=1.5, goal=3.0)},
-    4096: {
-        "google": Floor(speed=1.5, goal=3.5, memory=0.1),
-        "lightly": Floor(speed=2.5, goal=6.0, memory=0.1),
-    },
+# Two thirds of what was measured (EPYC, one thread, November 2026), so that noise does not fail them; the goals are
+# what the design aims at, as is a thirtieth of the memory.
+FLOORS = {
+    1024: {"google": Floor(speed=1.0, goal=1.5), "lightly": Floor(speed=1.6, goal=3.0)},
+    4096: {"google": Floor(speed=1.8, goal=3.5, memory=1 / 30), "lightly": Floor(speed=2.7, goal=6.0, memory=1 / 30)},
+    8192: {"google": Floor(speed=1.9, goal=4.5, memory=1 / 30), "lightly": Floor(speed=3.0, goal=7.0, memory=1 / 30)},
 }
 
 
@@ -43,14 +41,13 @@ def test_ntxent(bench: Bench, num_images: int) -> None:
 
 
 @pytest.mark.usefixtures("large")
-@pytest.mark.parametrize("num_images", [8192])
-def test_ntxent_large(bench: Bench, num_images: int) -> None:
-    bench.race(f"ntxent{num_images}", "s", contestants(num_images), FLOORS[4096])
+def test_ntxent_8192(bench: Bench) -> None:
+    bench.race("ntxent8192", "s", contestants(8192), FLOORS[8192])
 
 
 @pytest.mark.usefixtures("large")
 def test_ntxent_32768(bench: Bench) -> None:
-    # The other forms would take 45 GiB and more.
+    # Alone: the other forms' matrices would fill 45 GiB and more.
     bench.race("ntxent32768", "s", contestants(32768)[:1], {})
 
 
