@@ -35,7 +35,7 @@ FLOORS = {
     "crop224": {
         "torchvision": Floor(speed=1.5, goal=3.5),
         "torchvision_io": Floor(speed=1.0, goal=2.4),
-        "stock_ffcv": Floor(speed=1.9, goal=3.5),
+        "stock_ffcv": Floor(speed=1.4, goal=3.5),
         "jpeg_decode": Floor(speed=0.32, goal=0.75),
     },
     "simclr224": {

@@ -24,7 +24,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--bench-json", type=Path, metavar="FILE", help="where the rows are written")
     group.addoption("--bench-images", type=int, default=334, help="images taken from the folder (default: 334)")
     group.addoption("--bench-workers", type=int, default=4, help="threads or processes of a loader (default: 4)")
-    group.addoption("--bench-seconds", type=float, default=0.5, help="length of one turn (default: 0.5)")
+    group.addoption("--bench-seconds", type=float, default=0.3, help="length of one turn (default: 0.3)")
     group.addoption("--bench-rounds", type=int, default=5, help="turns of each contestant (default: 5)")
     group.addoption("--bench-large", action="store_true", help="also the works that take minutes")
 

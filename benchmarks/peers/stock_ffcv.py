@@ -19,6 +19,7 @@ from benchmarks.contestant import Run
 
 def stock_ffcv(path: Path, size: int, batch_size: int, workers: int) -> Run:
     """Two views, float32 in [0, 1], channels_last."""
+    os.environ["NUMBA_NUM_THREADS"] = str(workers)  # read by its import; FFCV refuses more workers than that
     # Importing it takes seconds, and only this process may compile its kernels: compiled after other Numba kernels,
     # they fail in FFCV's thread, which then hangs its consumer.
     from ffcv.fields.rgb_image import RandomResizedCropRGBImageDecoder
