@@ -8,9 +8,9 @@ import pytest
 from tests.train.runs import finish, start
 
 
-def run_demo(folder, *overrides):
+def run_demo(folder, *overrides, timeout_s=290):
     data, runs = f"--data.path={folder}/data/train.beton", f"--runs_dir={folder}/runs"
-    code, out, err = finish(start([sys.executable, "-m", "tools.demo", data, runs, *overrides]), timeout_s=290)
+    code, out, err = finish(start([sys.executable, "-m", "tools.demo", data, runs, *overrides]), timeout_s=timeout_s)
     assert code == 0, out + err
     return out, json.loads((folder / "runs" / "demo" / "summary.json").read_text())
 
@@ -39,9 +39,10 @@ def test_a_short_demo_goes_all_the_way(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.distributed
 def test_the_demo_shows_what_the_method_is_for(tmp_path):
-    _, summary = run_demo(tmp_path)
+    _, summary = run_demo(tmp_path, timeout_s=880)
     assert_summary_is_complete(summary)
     learned, random, pixels = (summary["accuracy"][kind]["linear"] for kind in ("learned", "random", "pixels"))
     assert learned["5"] > pixels["5"] + 0.03
