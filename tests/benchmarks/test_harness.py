@@ -37,7 +37,7 @@ def test_speeds_costs_and_memory_are_those_of_the_work():
         seconds=0.1,
     )
     rows = by_name(result)
-    # Bounds that hold on a busy machine too: a sleep is never shorter than asked for, and CPU seconds are not wall time.
+    # Bounds that hold on a busy machine too: a sleep is never shorter than asked for, CPU seconds are not wall time.
     assert result.ratio("fast", "slow") > 1
     assert rows["fast"].median <= 1000
     assert rows["slow"].median <= 200
