@@ -10,9 +10,10 @@ import numpy as np
 import torch
 
 from benchmarks.contestant import Run
+from pipelines.augment import AugmentConfig, build_recipe, supervised_view
 from pipelines.beton import Beton, open_beton
 from pipelines.ffcv_loader import FFCVLoader
-from pipelines.recipe import AugmentConfig, Recipe, build_recipe, supervised_view
+from pipelines.recipe import Recipe
 from train.runtime import keep_freed_memory
 
 EPOCH = 20_000  # images: as long as a large set's, so that its start and end weigh little

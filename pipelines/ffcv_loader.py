@@ -9,37 +9,30 @@ Legend: N local images, V views, S side of a view.
 
 from __future__ import annotations
 
-import logging
-import threading
-import zlib
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
-from functools import cached_property, partial
-from typing import Any, Literal
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pipelines.bad_samples import BadSamples, OnError
 from pipelines.batch import Batch
 from pipelines.beton import Beton
 from pipelines.decode.kernel import REFUSED, WRONG_SIZE, Coloring, Layout, Source, render_kernel
 from pipelines.decode.turbojpeg import HARMLESS_WARNING, addresses
-from pipelines.manifest import ManifestError, load_manifest
-from pipelines.order import epoch_order, num_global_batches, rank_rows
 from pipelines.params import ViewParams, draw_views
 from pipelines.photometric.reference import photometric, to_device
+from pipelines.plan import BatchPlan, beton_fingerprint
 from pipelines.pool import DecodePool, Worker
 from pipelines.recipe import Recipe
 
-logger = logging.getLogger(__name__)
-
 CHUNKS_PER_THREAD = 4  # a batch in this many chunks a thread: enough for balance, few enough to cost nothing
-NUM_FINGERPRINTED = 64  # samples that are read when a loader is made
-MAX_NEIGHBOURS = 16  # under on_error = "skip": this many bad samples in a row mean that the file is bad
 
 
 @dataclass
@@ -85,40 +78,49 @@ class FFCVLoader:
         num_threads: int = 1,
         batches_ahead: int = 2,
         training: bool = True,
-        on_error: Literal["raise", "skip"] = "raise",
+        on_error: OnError = "raise",
     ) -> None:
         self.beton, self.recipe, self.seed = beton, recipe, seed
-        self.global_batch_size, self.rank, self.world_size = global_batch_size, rank, world_size
         self.device = device or torch.device("cpu")
-        self.dtype, self.training, self.on_error = dtype, training, on_error
-        self.num_skipped = 0
-        self._counting = threading.Lock()
+        self.dtype = dtype
+        self._plan = BatchPlan(
+            num_samples=beton.num_samples,
+            fingerprint=beton_fingerprint(beton),
+            seed=seed,
+            global_batch_size=global_batch_size,
+            rank=rank,
+            world_size=world_size,
+            training=training,
+        )
+        self._bad_samples = BadSamples(beton, on_error)
         self._batches_ahead, self._num_threads = batches_ahead, num_threads
         self._sizes = np.array([view.size for view in recipe.views], np.int64)
         self._pool = DecodePool(num_threads, [view.size for view in recipe.views])
         self._turbojpeg = addresses()
         self._render_chunk = render_kernel()
         self._coloring = self._coloring_on_cpu() if self.device.type == "cpu" else None
-        self._fingerprint = _fingerprint(beton)
-        self._position = (0, 0)
 
     def __len__(self) -> int:
         """Batches in an epoch."""
-        return num_global_batches(self.beton.num_samples, self.global_batch_size, drop_last=self.training)
+        return len(self._plan)
+
+    @property
+    def num_skipped(self) -> int:
+        """Samples that could not be decoded and were replaced."""
+        return self._bad_samples.num_skipped
 
     def epoch(self, epoch: int, start_batch: int = 0) -> Iterator[Batch]:
         """The batches of one epoch from `start_batch` on."""
-        order = epoch_order(self.seed, epoch, self.beton.num_samples, shuffle=self.training)
         batches = range(start_batch, len(self))
         in_flight: deque[_InFlight] = deque()
         try:
             for batch in batches:
                 while len(in_flight) <= self._batches_ahead and batch + len(in_flight) < len(self):
-                    in_flight.append(self._start(order, epoch, batch + len(in_flight)))
+                    in_flight.append(self._start(epoch, batch + len(in_flight)))
                 current = in_flight.popleft()
                 for chunk in current.chunks:
                     chunk.result()
-                self._position = (epoch, batch + 1)
+                self._plan.record(epoch, batch)
                 yield self._finish(current, epoch)
         finally:
             for abandoned in in_flight:
@@ -127,35 +129,15 @@ class FFCVLoader:
 
     def state_dict(self) -> dict[str, Any]:
         """Position after the last batch yielded, and what makes a resumed run the same one."""
-        epoch, next_batch = self._position
-        return self._identity() | {"epoch": epoch, "next_batch": next_batch}
+        return self._plan.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> tuple[int, int]:
-        """Check that `state` is of this data and order, and return its position: epoch and next batch.
-
-        Raises:
-            ValueError: the state is of another dataset, seed or global batch size.
-        """
-        for name, expected in self._identity().items():
-            if state.get(name) != expected:
-                raise ValueError(
-                    f"the checkpoint was made with `{name}` {state.get(name)}, this run has {expected}; "
-                    "resume with the data and batch size that it was started with"
-                )
-        self._position = (int(state["epoch"]), int(state["next_batch"]))
-        return self._position
+        """Check that `state` is of this data and order, and return its position; see `BatchPlan.load_state_dict`."""
+        return self._plan.load_state_dict(state)
 
     def close(self) -> None:
         """Stop the threads and free their memory."""
         self._pool.close()
-
-    def _identity(self) -> dict[str, Any]:
-        return {
-            "num_samples": self.beton.num_samples,
-            "dataset": self._fingerprint,
-            "seed": self.seed,
-            "global_batch_size": self.global_batch_size,
-        }
 
     def _coloring_on_cpu(self) -> Coloring:
         return Coloring(
@@ -164,10 +146,9 @@ class FFCVLoader:
             std=np.array(self.recipe.std, np.float32),
         )
 
-    def _start(self, order: NDArray[np.int64], epoch: int, batch: int) -> _InFlight:
+    def _start(self, epoch: int, batch: int) -> _InFlight:
         """Draw the parameters of a batch and queue its chunks."""
-        rows = rank_rows(batch, self.global_batch_size, self.beton.num_samples, self.rank, self.world_size)
-        samples = order[rows].copy()
+        samples = self._plan.samples(epoch, batch)
         beton = self.beton
         source = Source(
             data=beton.data,
@@ -215,7 +196,7 @@ class FFCVLoader:
             )
             return int(stop), int(status)
 
-        neighbours = 0
+        tries = 0
         while begin < end:
             stop, status = run(begin, end, tolerant=False)
             if stop == end:
@@ -229,20 +210,13 @@ class FFCVLoader:
                 run(stop, stop + 1, tolerant=True)
                 begin = stop + 1
                 continue
-            neighbours = neighbours + 1 if stop == begin else 1
-            self._on_bad_sample(current, epoch, stop, reason, neighbours)
+            tries = tries + 1 if stop == begin else 1
+            self._on_bad_sample(current, epoch, stop, reason, tries)
             begin = stop
 
-    def _on_bad_sample(self, current: _InFlight, epoch: int, position: int, reason: str, neighbours: int) -> None:
+    def _on_bad_sample(self, current: _InFlight, epoch: int, position: int, reason: str, tries: int) -> None:
         """Raise, or put the next row of the file in the place of a sample that cannot be decoded."""
-        sample = int(current.samples[position])
-        message = f"{self._name_of(sample)} cannot be decoded: {reason}"
-        if self.on_error == "raise" or neighbours > MAX_NEIGHBOURS:
-            raise ValueError(f'{message}; convert it again without it, or set `data.on_error` to "skip"')
-        neighbour = (sample + 1) % self.beton.num_samples
-        with self._counting:
-            self.num_skipped += 1
-        logger.warning("%s; sample %d stands in for it (%d skipped so far)", message, neighbour, self.num_skipped)
+        neighbour = self._bad_samples.replace(int(current.samples[position]), reason, tries)
         current.samples[position] = neighbour
         for name in ("offsets", "sizes", "modes", "widths", "heights"):
             getattr(current.source, name)[position] = getattr(self.beton, name)[neighbour]
@@ -255,19 +229,6 @@ class FFCVLoader:
             current.source.widths[here],
             current.source.heights[here],
         )
-
-    def _name_of(self, sample: int) -> str:
-        file = f" ({self._file_names[sample]})" if self._file_names else ""
-        return f"sample {sample}{file} of {self.beton.path}"
-
-    @cached_property
-    def _file_names(self) -> list[str] | None:
-        """Of the manifest, if there is a sound one; read when there is a name to tell."""
-        try:
-            manifest = load_manifest(self.beton.path)
-        except ManifestError:
-            return None
-        return manifest.files if manifest else None
 
     def _finish(self, done: _InFlight, epoch: int) -> Batch:
         """Hand a batch over, on the device."""
@@ -287,13 +248,3 @@ class FFCVLoader:
             sample_indices=torch.from_numpy(done.samples),
             epoch=epoch,
         )
-
-
-def _fingerprint(beton: Beton) -> str:
-    """Checksum of the file's tables and of some of its samples: tells two sets apart quickly, wherever they lie."""
-    crc = 0
-    for table in (beton.modes, beton.widths, beton.heights, beton.sizes, beton.labels):
-        crc = zlib.crc32(b"" if table is None else np.ascontiguousarray(table).tobytes(), crc)
-    for sample in np.linspace(0, beton.num_samples - 1, NUM_FINGERPRINTED).astype(np.int64).tolist():
-        crc = zlib.crc32(beton.encoded(sample).tobytes(), crc)
-    return f"{crc:08x}"

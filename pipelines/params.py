@@ -1,4 +1,4 @@
-"""Draw the parameters of views: crop window, flip, jitter, gray, blur, solarize.
+"""Draw the parameters of views: crop window, flip, rotation, jitter, gray, blur, solarize, sobel, noise, cutout.
 
 `draw_views` is a pure function of `(seed, epoch, sample, view)`, the recipe and the image's size. Every loader applies
 the same parameters, and a restarted or differently sliced run draws the same ones.
@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipelines.recipe import Recipe, ViewRecipe
-from pipelines.rng import key_of, uniform
+from pipelines.rng import as_words, bits, key_of, uniform
 
 NUM_ATTEMPTS = 10  # torchvision's
 NUM_JITTER_OPS = 4
@@ -37,8 +37,16 @@ VIEW_PARAMS = np.dtype(
         ("jitter_factor", np.float32, (NUM_JITTER_OPS,)),  # indexed by the operation; the hue's is its shift
         ("blur_sigma", np.float32),  # pixels of the view; 0: no blur
         ("solarize_threshold", np.float32),  # on [0, 1]; infinite: no solarization
+        ("noise_std", np.float32),  # on [0, 1]; 0: no noise
+        ("noise_key", np.uint64),  # of the noise's own numbers: `rng.bits(noise_key, (y · size + x) · 3 + channel)`
+        ("cutout_top", np.int32),  # the filled rectangle, clipped to the view; of height 0: none
+        ("cutout_left", np.int32),
+        ("cutout_height", np.int32),
+        ("cutout_width", np.int32),
+        ("quarter_turns", np.int32),  # counter-clockwise, 0 to 3
         ("flip", np.bool_),
         ("gray", np.bool_),
+        ("sobel", np.bool_),
     ],
     align=True,
 )
@@ -63,6 +71,18 @@ class Draw(IntEnum):
     BLUR = 45
     BLUR_SIGMA = 46
     SOLARIZE = 47
+    ROTATE = 48
+    QUARTER_TURNS = 49
+    SOBEL = 50
+    NOISE = 51
+    NOISE_STD = 52
+    NOISE_KEY = 53
+    CUTOUT = 54
+    CUTOUT_Y = 55
+    CUTOUT_X = 56
+
+
+SHARED_CROP = 0x736861726564  # "shared": in the place of a view's number, the window that views have in common
 
 
 def draw_views(
@@ -88,7 +108,15 @@ def draw_views(
     """
     params = np.zeros((len(samples), len(recipe.views)), VIEW_PARAMS)
     for v, view in enumerate(recipe.views):
-        _draw_view(params[:, v], view, key_of(seed, epoch, samples, v), widths, heights)
+        key = key_of(seed, epoch, samples, v)
+        if view.shared_crop:
+            shared = np.zeros(len(samples), VIEW_PARAMS)
+            _random_window(shared, view, key_of(seed, epoch, samples, SHARED_CROP), widths, heights)
+            _draw_view(params[:, v], view, key, shared["width"], shared["height"])
+            params["top"][:, v] += shared["top"]
+            params["left"][:, v] += shared["left"]
+        else:
+            _draw_view(params[:, v], view, key, widths, heights)
     return params
 
 
@@ -99,10 +127,10 @@ def _draw_view(
     widths: NDArray[np.int32],
     heights: NDArray[np.int32],
 ) -> None:
-    if view.crop == "center":
-        _center_window(out, widths, heights)
-    else:
+    if view.crop == "random_resized":
         _random_window(out, view, key, widths, heights)
+    else:
+        _fixed_window(out, view, widths, heights)
     out["flip"] = uniform(key, Draw.FLIP) < view.flip_prob
     _draw_jitter(out, view, key)
     out["gray"] = uniform(key, Draw.GRAY) < view.gray_prob
@@ -110,6 +138,13 @@ def _draw_view(
     out["blur_sigma"] = np.where(uniform(key, Draw.BLUR) < view.blur_prob, sigma, 0.0)
     solarized = uniform(key, Draw.SOLARIZE) < view.solarize_prob
     out["solarize_threshold"] = np.where(solarized, view.solarize_threshold, np.inf)
+    turned = uniform(key, Draw.ROTATE) < view.rotate_prob
+    out["quarter_turns"] = np.where(turned, 1 + np.floor(3 * uniform(key, Draw.QUARTER_TURNS)), 0)
+    out["sobel"] = uniform(key, Draw.SOBEL) < view.sobel_prob
+    noise_std = _between(uniform(key, Draw.NOISE_STD), view.noise_std)
+    out["noise_std"] = np.where(uniform(key, Draw.NOISE) < view.noise_prob, noise_std, 0.0)
+    out["noise_key"] = bits(key, as_words(int(Draw.NOISE_KEY)))
+    _draw_cutout(out, view, key)
 
 
 def _random_window(
@@ -151,10 +186,10 @@ def _fallback_window(
     return np.maximum(width, 1), np.maximum(height, 1)
 
 
-def _center_window(out: ViewParams, widths: NDArray[np.int32], heights: NDArray[np.int32]) -> None:
-    side = np.minimum(widths, heights)
-    out["width"], out["height"] = side, side
-    out["top"], out["left"] = (heights - side) // 2, (widths - side) // 2
+def _fixed_window(out: ViewParams, view: ViewRecipe, widths: NDArray[np.int32], heights: NDArray[np.int32]) -> None:
+    smaller = np.minimum(widths, heights)
+    out["width"], out["height"] = (smaller, smaller) if view.crop == "center" else (widths, heights)
+    out["top"], out["left"] = (heights - out["height"]) // 2, (widths - out["width"]) // 2
 
 
 def _draw_jitter(out: ViewParams, view: ViewRecipe, key: NDArray[np.uint64]) -> None:
@@ -167,6 +202,19 @@ def _draw_jitter(out: ViewParams, view: ViewRecipe, key: NDArray[np.uint64]) -> 
     order = np.argsort(uniform(key[:, None], ops + np.uint64(Draw.JITTER_ORDER)), axis=1, kind="stable")
     applied = (uniform(key, Draw.JITTER) < view.jitter_prob)[:, None] & (np.array(strength) > 0.0)[order]
     out["jitter_order"] = np.where(applied, order, NO_OP)
+
+
+def _draw_cutout(out: ViewParams, view: ViewRecipe, key: NDArray[np.uint64]) -> None:
+    """A square around a uniform pixel, clipped to the view (DeVries and Taylor 2017)."""
+    side = max(1, round(view.cutout_side * view.size))
+    chosen = uniform(key, Draw.CUTOUT) < view.cutout_prob
+    for name, extent, draw in (
+        ("cutout_top", "cutout_height", Draw.CUTOUT_Y),
+        ("cutout_left", "cutout_width", Draw.CUTOUT_X),
+    ):
+        begin = np.floor(uniform(key, draw) * view.size).astype(np.int32) - side // 2
+        low, high = np.maximum(begin, 0), np.minimum(begin + side, view.size)
+        out[name], out[extent] = np.where(chosen, low, 0), np.where(chosen, high - low, 0)
 
 
 def _between(u: FloatArray, bounds: tuple[float, float] | tuple[FloatArray, FloatArray] | FloatArray) -> FloatArray:

@@ -1,17 +1,21 @@
 """Augmentation recipes: what is drawn for each view, as ranges and probabilities.
 
 A recipe is data. `pipelines.params` draws from it, and the loaders and the photometric chain apply what was drawn,
-always in the order crop → flip → jitter → gray → blur → solarize → normalise.
+always in the order crop → flip → rotate → jitter → gray → blur → solarize → sobel → noise → cutout → normalise.
+`pipelines.augment` has the published recipes.
 
-Sources: SimCLR v1, appendix A, and its released data_util.py; torchvision's transforms for the meaning of each factor.
+Sources: SimCLR v1, figure 4 and appendix A, and its released data_util.py; torchvision's transforms for the meaning of
+each factor.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
 BLUR_SIGMA = (0.1, 2.0)  # SimCLR v1, appendix A
+
+Interpolation = Literal["bilinear", "bicubic"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,13 +24,19 @@ class ViewRecipe:
 
     size: int
     """Side of the square view, pixels."""
-    crop: Literal["random_resized", "center"] = "random_resized"
-    """`center` takes the largest central window of the output's aspect, and draws nothing."""
+    crop: Literal["random_resized", "center", "whole"] = "random_resized"
+    """`center` takes the largest central square, and `whole` everything, whatever its aspect; they draw nothing."""
+    shared_crop: bool = False
+    """First cut a random window that is the same for all views of the image; `crop` then chooses within it."""
     crop_area: tuple[float, float] = (0.08, 1.0)
     """Range of the window's area, as a share of the image's."""
     crop_aspect: tuple[float, float] = (3 / 4, 4 / 3)
     """Range of the window's width / height, drawn uniformly in its logarithm."""
+    interpolation: Interpolation = "bilinear"
+    """The filter that resizes the window, antialiased: a triangle, or Keys' cubic with a = −1/2."""
     flip_prob: float = 0.0
+    rotate_prob: float = 0.0
+    """Probability of one, two or three quarter turns, each as likely."""
     jitter_prob: float = 0.0
     """Probability that brightness, contrast, saturation and hue are changed, in a random order."""
     brightness: float = 0.0
@@ -42,6 +52,16 @@ class ViewRecipe:
     solarize_prob: float = 0.0
     solarize_threshold: float = 0.5
     """Values at or above it are inverted; on the scale [0, 1]."""
+    sobel_prob: float = 0.0
+    """Probability that the view is replaced by the magnitude of its luma's Sobel gradient."""
+    noise_prob: float = 0.0
+    """Probability of additive Gaussian noise, clipped to [0, 1]."""
+    noise_std: tuple[float, float] = (0.0, 0.2)
+    """Range of its standard deviation, on the scale [0, 1]."""
+    cutout_prob: float = 0.0
+    """Probability that a square is filled with the mean colour (0 after normalisation)."""
+    cutout_side: float = 0.5
+    """Side of the square, as a share of the view's; its centre is uniform over the pixels, and it may overhang."""
 
     def __post_init__(self) -> None:
         if self.size < 1:
@@ -49,7 +69,7 @@ class ViewRecipe:
         _check_range("crop_area", self.crop_area, 0.0, 1.0)
         _check_range("crop_aspect", self.crop_aspect, 0.0, float("inf"))
         _check_range("blur_sigma", self.blur_sigma, 0.0, float("inf"))
-        for name in ("flip_prob", "jitter_prob", "gray_prob", "blur_prob", "solarize_prob"):
+        for name in (field.name for field in fields(self) if field.name.endswith("_prob")):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ValueError(f"`{name}` must be a probability in [0, 1], got {getattr(self, name)}")
         for name in ("brightness", "contrast", "saturation"):
@@ -57,6 +77,12 @@ class ViewRecipe:
                 raise ValueError(f"`{name}` must not be negative, got {getattr(self, name)}")
         if not 0.0 <= self.hue <= 0.5:
             raise ValueError(f"`hue` must be in [0, 0.5] of the colour circle, got {self.hue}")
+        if not 0.0 <= self.noise_std[0] <= self.noise_std[1]:
+            raise ValueError(f"`noise_std` must be a rising range from 0, got {list(self.noise_std)}")
+        if self.sobel_prob > 0.0 and self.size < 2:
+            raise ValueError(f"`sobel_prob` must be 0 for a view of 1 pixel, got {self.sobel_prob}")
+        if not 0.0 < self.cutout_side <= 1.0:
+            raise ValueError(f"`cutout_side` must be a share of the view's side in (0, 1], got {self.cutout_side}")
 
     @property
     def blur_kernel(self) -> int:
@@ -78,69 +104,6 @@ class Recipe:
             raise ValueError("`views` must hold at least one view")
         if min(self.std) <= 0.0:
             raise ValueError(f"`std` must be positive, got {self.std}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class AugmentConfig:
-    """The augmentation of a run: a named recipe and its strength."""
-
-    recipe: Literal["simclr", "supervised"] = "simclr"
-    """`simclr`: two views, crop, flip, colour distortion, blur. `supervised`: one view, crop and flip."""
-    size: int = 224
-    """Side of the views, pixels."""
-    crop_area: tuple[float, float] = (0.08, 1.0)
-    """Range of the crop's area, as a share of the image's."""
-    flip_prob: float = 0.5
-    """Probability of a horizontal flip (0 where mirror images mean something else, as for digits)."""
-    color_strength: float = 1.0
-    """SimCLR's s: 1 on ImageNet, 0.5 on CIFAR-10."""
-    blur_prob: float = 0.5
-    """Probability of a Gaussian blur: 0.5 on ImageNet, 0 on CIFAR-10."""
-    mean: tuple[float, float, float] = (0.0, 0.0, 0.0)
-    """Subtracted from each channel, on the scale [0, 1]."""
-    std: tuple[float, float, float] = (1.0, 1.0, 1.0)
-    """Each channel is divided by it."""
-
-    def __post_init__(self) -> None:
-        if not 0.0 <= self.color_strength <= 2.5:
-            raise ValueError(
-                f"`augment.color_strength` must be in [0, 2.5] (hue = 0.2·s ≤ 0.5), got {self.color_strength}"
-            )
-        build_recipe(self)
-
-
-def build_recipe(config: AugmentConfig) -> Recipe:
-    """The recipe that a configuration names."""
-    view = (simclr_view if config.recipe == "simclr" else supervised_view)(config)
-    num_views = 2 if config.recipe == "simclr" else 1
-    return Recipe(views=(view,) * num_views, mean=config.mean, std=config.std)
-
-
-def simclr_view(config: AugmentConfig) -> ViewRecipe:
-    """SimCLR's view (v1, appendix A): jitter 0.8s, 0.8s, 0.8s, 0.2s with probability 0.8; gray with 0.2."""
-    s = config.color_strength
-    return ViewRecipe(
-        size=config.size,
-        crop_area=config.crop_area,
-        flip_prob=config.flip_prob,
-        jitter_prob=0.8,
-        brightness=0.8 * s,
-        contrast=0.8 * s,
-        saturation=0.8 * s,
-        hue=0.2 * s,
-        gray_prob=0.2,
-        blur_prob=config.blur_prob,
-    )
-
-
-def supervised_view(config: AugmentConfig) -> ViewRecipe:
-    """Random crop and flip alone."""
-    return ViewRecipe(size=config.size, crop_area=config.crop_area, flip_prob=config.flip_prob)
-
-
-def center_recipe(config: AugmentConfig) -> Recipe:
-    """One view for evaluation: the largest central square, resized; normalised as in training."""
-    return Recipe(views=(ViewRecipe(size=config.size, crop="center"),), mean=config.mean, std=config.std)
 
 
 def _check_range(name: str, bounds: tuple[float, float], low: float, high: float) -> None:

@@ -20,9 +20,10 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
+from pipelines.augment import build_recipe
 from pipelines.beton import open_beton
 from pipelines.build import DataConfig, build_loader
-from pipelines.recipe import Recipe, build_recipe
+from pipelines.recipe import Recipe
 from train.checkpoint import latest_checkpoint, load_checkpoint
 from train.cli import run
 from train.config import CONFIG_FILE, PretrainConfig, config_from_dict, read_run_config

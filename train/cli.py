@@ -74,20 +74,30 @@ def parse(parser: ArgumentParser, arguments: Sequence[str] | dict[str, Any] | No
 
 def _clarify(parser: ArgumentParser, message: str) -> str:
     """One line in our words, where jsonargparse's or argparse's complaint is of a known form."""
+    if match := re.search(r'Parser key "([^"]+)": Does not validate.*?Subtypes: \[(.*)\] Errors.*value: (.*)', message):
+        return _unfit_optional(*match.groups())
     if match := re.search(r'Parser key "([^"]+)": Expected a (.+?)\. Got value: (.*)', message):
         key, kind, found = match.groups()
         if choices := re.fullmatch(r"typing\.Literal\[(.*)\]", kind):
             return f"`{key}` must be one of {choices[1]}, got {found}"
-        if "tuple" in kind:
-            return f"`{key}` must be a list such as [1, 2], got {found}"
-        kind = re.sub(r"<class '(.*)'>", r"\1", kind)
-        return f"`{key}` must be of type {kind}, got {found}"
+        return f"`{key}` must be {_kind(kind)}, got {found}"
     for form in UNKNOWN_OPTION:
         if match := re.search(form, message):
             return _unknown(parser, ".".join(match.groups()))
     if match := re.fullmatch(r"Unexpected config:\s*(.*)", message):
         return f"`--config` must name a YAML file of sections and options, got {match[1] or 'an empty one'}"
     return message
+
+
+def _unfit_optional(key: str, kinds: str, found: str) -> str:
+    return f"`{key}` must be {_kind(kinds)}, or null, got {found}"
+
+
+def _kind(annotation: str) -> str:
+    if "tuple" in annotation:
+        return "a list such as [1, 2]"
+    plain = re.search(r"<class '(\w+)'>", annotation)
+    return f"of type {plain[1] if plain else annotation}"
 
 
 def _unknown(parser: ArgumentParser, key: str) -> str:

@@ -17,8 +17,8 @@ import yaml
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
 from model.build import ModelConfig, num_views
+from pipelines.augment import AugmentConfig, build_recipe
 from pipelines.build import DataConfig
-from pipelines.recipe import AugmentConfig, build_recipe
 from train.cli import parse
 from train.optim.lars import LARSConfig
 from train.schedule import ScheduleConfig

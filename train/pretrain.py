@@ -17,9 +17,9 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 import torch
 
 from model.build import build_method
+from pipelines.augment import build_recipe
 from pipelines.beton import open_beton
 from pipelines.build import build_loader, check_batch_size
-from pipelines.recipe import build_recipe
 from train.cli import run
 from train.config import claim_run_dir, parse_pretrain_config
 from train.engine import Engine, init_process_group

@@ -57,6 +57,24 @@ def photometric_image(crop, view, kernel_size, mean, std, planes, spare, out):
 
 
 @njit(nogil=True, cache=True)
+def photometric_batch(crops, params, kernel_size, mean, std, out):
+    """The chain over a batch, on the calling thread.
+
+    Args:
+        crops: uint8 [N, S, S, 3], contiguous.
+        params: `VIEW_PARAMS` [N].
+        kernel_size: of the blur, odd.
+        mean: float32 [3].
+        std: float32 [3].
+        out: float32 [N, S, S, 3], contiguous; written.
+    """
+    num_pixels = crops.shape[1] * crops.shape[2]
+    planes, spare = np.empty((3, num_pixels), np.float32), np.empty(num_pixels, np.float32)
+    for i in range(crops.shape[0]):
+        photometric_image(crops[i], params[i], kernel_size, mean, std, planes, spare, out[i])
+
+
+@njit(nogil=True, cache=True)
 def _load(pixels, red, green, blue):
     for i in range(red.size):
         red[i] = np.float32(pixels[3 * i]) / LEVELS

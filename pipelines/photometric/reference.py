@@ -1,11 +1,13 @@
 """The photometric chain in plain torch: the definition that the other implementations are held against.
 
 Works on any device and in float32 or float64, over a batch whose images each have parameters of their own:
-jitter (random order, clipped to [0, 1] after each operation) → gray → blur → solarize → normalise.
+rotate → jitter (random order, clipped to [0, 1] after each operation) → gray → blur → solarize → sobel → noise → cutout
+→ normalise.
 
 Each operation follows torchvision's functional one on float images (`adjust_brightness`, `adjust_contrast`,
 `adjust_saturation`, `adjust_hue`, `rgb_to_grayscale`, `gaussian_blur`, `solarize`); random order and probabilities
-are SimCLR's (v1, appendix A).
+are SimCLR's (v1, appendix A). Rotation, Sobel filter, noise and cutout are those of its figure 4, which its released
+code does not contain: the definitions here are ours.
 
 Legend: N images, H×W pixels; images are [N, 3, H, W] in [0, 1]; factors are [N].
 """
@@ -14,6 +16,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -21,6 +24,7 @@ from torch.nn.functional import conv2d, pad
 
 from pipelines.params import BRIGHTNESS, CONTRAST, HUE, NUM_JITTER_OPS, SATURATION, ViewParams
 from pipelines.recipe import Recipe, ViewRecipe
+from pipelines.rng import bits
 
 LUMA = (0.2989, 0.587, 0.114)  # torchvision's weights of red, green, blue
 
@@ -51,6 +55,8 @@ def photometric(
     def column(name: str) -> Tensor:
         return to_device(params[name].copy(), images.device)
 
+    if view.rotate_prob > 0.0:
+        images = rotate(images, column("quarter_turns"))
     if view.jitter_prob > 0.0:
         images = jitter(images, column("jitter_order"), column("jitter_factor").to(dtype))
     if view.gray_prob > 0.0:
@@ -59,6 +65,13 @@ def photometric(
         images = blur(images, column("blur_sigma").to(dtype), view.blur_kernel)
     if view.solarize_prob > 0.0:
         images = solarize(images, column("solarize_threshold").to(dtype))
+    if view.sobel_prob > 0.0:
+        images = torch.where(_per_image(column("sobel")), sobel(images), images)
+    if view.noise_prob > 0.0:
+        images = add_noise(images, params)
+    if view.cutout_prob > 0.0:
+        rectangle = [column(f"cutout_{name}") for name in ("top", "left", "height", "width")]
+        images = cutout(images, *rectangle, fill=recipe.mean)
     images = normalize(images, recipe.mean, recipe.std)
     return images.contiguous(memory_format=torch.channels_last)
 
@@ -130,6 +143,54 @@ def blur(images: Tensor, sigma: Tensor, kernel_size: int) -> Tensor:
 def solarize(images: Tensor, threshold: Tensor) -> Tensor:
     """Invert values at or above each image's threshold."""
     return torch.where(images >= _per_image(threshold), 1.0 - images, images)
+
+
+def rotate(images: Tensor, quarter_turns: Tensor) -> Tensor:
+    """Counter-clockwise by each image's own number of quarter turns; images are square."""
+    for turns in (1, 2, 3):
+        images = torch.where(_per_image(quarter_turns == turns), images.rot90(turns, (-2, -1)), images)
+    return images
+
+
+def sobel(images: Tensor) -> Tensor:
+    """The magnitude of the luma's gradient by Sobel's 3×3 kernels, reflecting at the border, clipped, thrice."""
+    smooth = torch.tensor([1.0, 2.0, 1.0], device=images.device, dtype=images.dtype)
+    slope = torch.tensor([-1.0, 0.0, 1.0], device=images.device, dtype=images.dtype)
+    along_x = torch.outer(smooth, slope)
+    kernels = torch.stack([along_x, along_x.T])[:, None]
+    gradient = conv2d(pad(_gray(images), [1] * 4, mode="reflect"), kernels)
+    return gradient.square().sum(1, keepdim=True).sqrt().clamp(0.0, 1.0).expand_as(images)
+
+
+def add_noise(images: Tensor, params: ViewParams) -> Tensor:
+    """Gaussian noise of each image's own standard deviation and key, clipped to [0, 1] where there is any.
+
+    Value i of an image, counted by rows, then columns, then channels, takes the Box–Muller transform of two 24-bit
+    uniform numbers out of the 64-bit word `rng.bits(noise_key, i)`: u from its upper bits, in (0, 1], and w from the
+    next, in [0, 1); √(−2 ln u) · cos(2π w).
+    """
+    num, channels, height, width = images.shape
+    words = bits(params["noise_key"][:, None], np.arange(height * width * channels, dtype=np.uint64))
+    u = ((words >> np.uint64(40)) + np.uint64(1)).astype(np.float64) * 2.0**-24
+    w = ((words >> np.uint64(16)) & np.uint64(0xFFFFFF)).astype(np.float64) * 2.0**-24
+    normal = np.sqrt(-2.0 * np.log(u)) * np.cos(2.0 * np.pi * w)
+    noise_NHWC = (params["noise_std"][:, None] * normal).reshape(num, height, width, channels)
+    noise = to_device(noise_NHWC, images.device).permute(0, 3, 1, 2).to(images.dtype)
+    noisy = to_device(params["noise_std"] > 0.0, images.device)
+    return torch.where(_per_image(noisy), (images + noise).clamp(0.0, 1.0), images)
+
+
+def cutout(
+    images: Tensor, top: Tensor, left: Tensor, height: Tensor, width: Tensor, *, fill: tuple[float, float, float]
+) -> Tensor:
+    """Fill each image's own rectangle with one colour."""
+    rows = torch.arange(images.shape[-2], device=images.device)
+    columns = torch.arange(images.shape[-1], device=images.device)
+    in_rows = (rows >= top[:, None]) & (rows < (top + height)[:, None])
+    in_columns = (columns >= left[:, None]) & (columns < (left + width)[:, None])
+    inside = (in_rows[:, :, None] & in_columns[:, None, :])[:, None]
+    channels = [plane.masked_fill(inside[:, 0], value) for plane, value in zip(images.unbind(1), fill, strict=True)]
+    return torch.stack(channels, dim=1)
 
 
 def normalize(images: Tensor, mean: tuple[float, float, float], std: tuple[float, float, float]) -> Tensor:

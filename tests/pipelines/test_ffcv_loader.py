@@ -12,13 +12,14 @@ import torch
 from PIL import Image
 from torchvision.transforms.v2 import functional as F
 
+from pipelines.augment import AugmentConfig, build_recipe, center_recipe
 from pipelines.beton import open_beton
 from pipelines.decode.kernel import render_kernel
 from pipelines.ffcv_loader import FFCVLoader
 from pipelines.order import epoch_order
 from pipelines.params import draw_views
 from pipelines.photometric import reference
-from pipelines.recipe import AugmentConfig, Recipe, ViewRecipe, build_recipe, center_recipe
+from pipelines.recipe import Recipe, ViewRecipe
 from tests.pipelines.betons import make_beton, natural_image
 
 SIZES = [(60 + 3 * i, 80 - 2 * i) for i in range(24)]

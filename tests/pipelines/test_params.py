@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 
+from pipelines.augment import AugmentConfig, build_recipe, center_recipe
 from pipelines.order import epoch_order, rank_rows
 from pipelines.params import BRIGHTNESS, CONTRAST, HUE, NO_OP, SATURATION, draw_views
-from pipelines.recipe import AugmentConfig, Recipe, ViewRecipe, build_recipe, center_recipe
+from pipelines.recipe import Recipe, ViewRecipe
 
 NUM = 40_000
 

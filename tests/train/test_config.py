@@ -32,7 +32,12 @@ def test_what_is_written_is_read_back():
         ([*MINIMAL, "--model.method=simclear"], "`model.method` must be one of 'simclr', got simclear"),
         ([*MINIMAL, "--model.temperature=-1"], "`model.temperature` must be a finite number > 0, got -1.0"),
         ([*MINIMAL, "--model.temperature=warm"], "`model.temperature` must be of type float, got warm"),
-        ([*MINIMAL, "--augment.crop_area=0.9"], r"`augment.crop_area` must be a list such as \[1, 2\], got 0.9"),
+        (
+            [*MINIMAL, "--augment.crop_area=0.9"],
+            r"`augment.crop_area` must be a list such as \[1, 2\], or null, got 0.9",
+        ),
+        ([*MINIMAL, "--augment.blur_prob=x"], "`augment.blur_prob` must be of type float, or null, got x"),
+        ([*MINIMAL, "--augment.mean=0.5"], r"`augment.mean` must be a list such as \[1, 2\], got 0.5"),
         ([*MINIMAL, "--train.epoch=3"], "there is no option `train.epoch`; did you mean `train.epochs`?"),
         ([*MINIMAL, "--train.epochs=0"], "`train.epochs` must be at least 1, got 0"),
         ([*MINIMAL, "--data.global_batch_size=1"], "`data.global_batch_size` must be at least 2, got 1"),

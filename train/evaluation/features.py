@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from model.build import build_method
+from pipelines.augment import center_recipe
 from pipelines.batch import Loader
 from pipelines.beton import open_beton
 from pipelines.build import DataConfig, build_loader
-from pipelines.recipe import center_recipe
 from train.checkpoint import Checkpoint
 from train.config import PretrainConfig, config_from_dict
 
