@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import threading
-from functools import cached_property
+from collections.abc import Callable
+from functools import cache
 from typing import Literal
 
 from pipelines.beton import Beton
@@ -18,19 +19,23 @@ MAX_NEIGHBOURS = 16  # under "skip": this many bad samples in a row mean that th
 
 
 class BadSamples:
-    """Names and counts the samples of a file that cannot be decoded; may be called from several threads.
+    """Names and counts the samples of a set that cannot be decoded; may be called from several threads.
 
     Args:
-        beton: the file.
+        num_samples: of the set.
+        name_of: a sample's name, for messages.
         on_error: `raise` stops at the first one; `skip` names it, counts it, and puts its neighbour in its place.
+        remedy: what to do about it, beside skipping.
 
     Attributes:
         num_skipped: how many were replaced so far.
     """
 
-    def __init__(self, beton: Beton, on_error: OnError) -> None:
+    def __init__(
+        self, num_samples: int, name_of: Callable[[int], str], on_error: OnError, remedy: str = "remove it"
+    ) -> None:
         self.num_skipped = 0
-        self._beton, self._on_error = beton, on_error
+        self._num_samples, self._name_of, self._on_error, self._remedy = num_samples, name_of, on_error, remedy
         self._counting = threading.Lock()
 
     def replace(self, sample: int, reason: str, tries: int) -> int:
@@ -44,25 +49,30 @@ class BadSamples:
         Raises:
             ValueError: the run is to stop at a bad sample, or `tries` exceeds MAX_NEIGHBOURS.
         """
-        message = f"{self.name_of(sample)} cannot be decoded: {reason}"
+        message = f"{self._name_of(sample)} cannot be decoded: {reason}"
         if self._on_error == "raise" or tries > MAX_NEIGHBOURS:
-            raise ValueError(f'{message}; convert it again without it, or set `data.on_error` to "skip"')
-        neighbour = (sample + 1) % self._beton.num_samples
+            raise ValueError(f'{message}; {self._remedy}, or set `data.on_error` to "skip"')
+        neighbour = (sample + 1) % self._num_samples
         with self._counting:
             self.num_skipped += 1
             logger.warning("%s; sample %d stands in for it (%d skipped so far)", message, neighbour, self.num_skipped)
         return neighbour
 
-    def name_of(self, sample: int) -> str:
-        """Row, and file if the manifest names it."""
-        file = f" ({self._file_names[sample]})" if self._file_names else ""
-        return f"sample {sample}{file} of {self._beton.path}"
 
-    @cached_property
-    def _file_names(self) -> list[str] | None:
-        """Of the manifest, if there is a sound one; read when there is a name to tell."""
+def bad_samples_of(beton: Beton, on_error: OnError) -> BadSamples:
+    """Those of a `.beton`: a name is the row, and the file if the manifest has it."""
+
+    @cache  # read when there is a name to tell, and once
+    def file_names() -> list[str] | None:
         try:
-            manifest = load_manifest(self._beton.path)
+            manifest = load_manifest(beton.path)
         except ManifestError:
             return None
         return manifest.files if manifest else None
+
+    def name_of(sample: int) -> str:
+        files = file_names()
+        file = f" ({files[sample]})" if files else ""
+        return f"sample {sample}{file} of {beton.path}"
+
+    return BadSamples(beton.num_samples, name_of, on_error, "convert it again without it")

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
 import torch
 
 from pipelines.batch import Loader
-from pipelines.beton import Beton
-from pipelines.ffcv_loader import FFCVLoader
+from pipelines.beton import Beton, open_beton
+from pipelines.ffcv_loader import FFCVLoader, Geometry
 from pipelines.recipe import Recipe
 
 
@@ -18,11 +19,18 @@ class DataConfig:
     """What is trained on, and how it is read."""
 
     path: str
-    """The `.beton` file, made by `python -m tools.convert`."""
+    """The `.beton` file, made by `python -m tools.convert`; under `loader: folder` a folder of images."""
     global_batch_size: int = 256
     """Images (not views) in one optimizer step, over all ranks."""
-    loader: Literal["ffcv"] = "ffcv"
-    """`ffcv`: decodes on the CPU, on threads of its own."""
+    loader: Literal["ffcv", "dali", "resident", "folder"] = "ffcv"
+    """`ffcv`: decodes on the CPU, on threads of its own. `dali`: decodes with NVIDIA DALI, on the GPU if there is one.
+    `resident`: keeps the whole set decoded on the device. `folder`: torchvision's way, to try without converting."""
+    photometric: Literal["ours", "dali"] = "ours"
+    """Under `loader: dali`: whose colour operations; DALI's have a fixed order and hues of their own."""
+    geometry: Geometry = "auto"
+    """Under `loader: ffcv`: where crops are cut and resized; `auto`: on the GPU if the file is raw, else on the CPU."""
+    scaled_decode: bool = True
+    """Under `loader: ffcv`: decode JPEGs at half or quarter scale where no crop becomes smaller than its view."""
     num_threads: int = 0
     """Decoding threads of each rank; 0: the rank's share of the machine's cores."""
     batches_ahead: int = 2
@@ -35,13 +43,39 @@ class DataConfig:
             raise ValueError(f"`data.global_batch_size` must be at least 1, got {self.global_batch_size}")
         if self.num_threads < 0:
             raise ValueError(f"`data.num_threads` must be 0 (the rank's cores) or more, got {self.num_threads}")
+        if self.photometric == "dali" and self.loader != "dali":
+            raise ValueError(f"`data.photometric` dali needs `data.loader` dali, got {self.loader}")
         if self.batches_ahead < 1:
             raise ValueError(f"`data.batches_ahead` must be at least 1, got {self.batches_ahead}")
 
 
+class ImageFolder(NamedTuple):
+    """A plain folder of images."""
+
+    root: Path
+    num_samples: int
+
+
+def open_data(config: DataConfig) -> Beton | ImageFolder:
+    """What `config.path` names, checked as far as can be without decoding.
+
+    Raises:
+        ValueError: it is no sound `.beton`, or no folder of images, as the loader wants it.
+        OSError: likewise.
+    """
+    if config.loader != "folder":
+        return open_beton(config.path)
+    from pipelines.folder_dataset import list_images
+
+    root = Path(config.path)
+    if not root.is_dir():
+        raise ValueError(f"`data.path` must be a folder of images under `data.loader` folder, got {root}")
+    return ImageFolder(root, len(list_images(root)))
+
+
 def build_loader(
     config: DataConfig,
-    beton: Beton,
+    data: Beton | ImageFolder,
     recipe: Recipe,
     *,
     seed: int,
@@ -56,7 +90,7 @@ def build_loader(
 
     Args:
         config: the run's.
-        beton: the open file.
+        data: from `open_data`.
         recipe: of the views.
         seed: of the order and of every view.
         rank: of this process.
@@ -70,20 +104,42 @@ def build_loader(
         ValueError: when training, the batch does not divide among the ranks, or the file is smaller than one batch.
     """
     if training:
-        check_batch_size(config.global_batch_size, world_size, beton.num_samples)
+        check_batch_size(config.global_batch_size, world_size, data.num_samples)
+    num_threads = config.num_threads or num_cores
+    common: dict[str, Any] = {
+        "seed": seed,
+        "global_batch_size": config.global_batch_size,
+        "rank": rank,
+        "world_size": world_size,
+        "device": device,
+        "dtype": dtype,
+        "training": training,
+        "on_error": config.on_error,
+    }
+    ahead = config.batches_ahead
+    # A loader's module is imported when it is asked for: what the others stand on takes seconds.
+    if isinstance(data, ImageFolder):
+        from pipelines.folder_loader import FolderLoader
+
+        return FolderLoader(data.root, recipe, num_workers=num_threads, batches_ahead=ahead, **common)
+    if config.loader == "resident":
+        from pipelines.resident_loader import ResidentLoader
+
+        return ResidentLoader(data, recipe, num_threads=num_threads, **common)
+    if config.loader == "dali":
+        from pipelines.dali_loader import DALILoader
+
+        return DALILoader(
+            data, recipe, num_threads=num_threads, batches_ahead=ahead, photometric=config.photometric, **common
+        )
     return FFCVLoader(
-        beton,
+        data,
         recipe,
-        seed=seed,
-        global_batch_size=config.global_batch_size,
-        rank=rank,
-        world_size=world_size,
-        device=device,
-        dtype=dtype,
-        num_threads=config.num_threads or num_cores,
-        batches_ahead=config.batches_ahead,
-        training=training,
-        on_error=config.on_error,
+        num_threads=num_threads,
+        batches_ahead=ahead,
+        geometry=config.geometry,
+        scaled_decode=config.scaled_decode,
+        **common,
     )
 
 

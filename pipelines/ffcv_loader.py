@@ -2,7 +2,7 @@
 
 It reads FFCV's format and decodes with FFCV's libjpeg-turbo, and drives its own kernel over the memory map. The views
 of a sample do not depend on the batch, the rank or the thread that made it. For CPU training the threads also apply
-the photometric chain; for a GPU they cut uint8 crops, a quarter of the bytes, and the chain runs on the device.
+the photometric chain. For a GPU they cut uint8 crops, or only decode, and the rest runs on the device.
 
 Legend: N local images, V views, S side of a view.
 """
@@ -11,39 +11,36 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipelines.bad_samples import BadSamples, OnError
+from pipelines.bad_samples import OnError, bad_samples_of
 from pipelines.batch import Batch
-from pipelines.beton import Beton
-from pipelines.decode.kernel import REFUSED, WRONG_SIZE, Coloring, Layout, Source, render_kernel
-from pipelines.decode.turbojpeg import HARMLESS_WARNING, addresses
-from pipelines.params import ViewParams, draw_views
-from pipelines.photometric.reference import photometric, to_device
+from pipelines.beton import MODE_RAW, Beton
+from pipelines.buffers import check_host_memory
+from pipelines.geometry.crop_resize import PackedImages, crop_resize
+from pipelines.photometric.chain import photometric_chain
+from pipelines.photometric.reference import to_device
 from pipelines.plan import BatchPlan, beton_fingerprint
-from pipelines.pool import DecodePool, Worker
 from pipelines.recipe import Recipe
-
-CHUNKS_PER_THREAD = 4  # a batch in this many chunks a thread: enough for balance, few enough to cost nothing
+from pipelines.rendering import Renderer, Rendering, Target
+from pipelines.transfer import Sender, Sent
 
 
 @dataclass
 class _InFlight:
-    """A batch being made."""
+    """A batch that is being made or sent."""
 
-    samples: NDArray[np.int64]
-    params: ViewParams
-    source: Source
-    out: Tensor
-    chunks: list[Future[None]]
+    rendering: Rendering
+    sent: Sent | None = None
+
+
+Geometry = Literal["auto", "cpu", "device"]
 
 
 class FFCVLoader:
@@ -62,6 +59,12 @@ class FFCVLoader:
         batches_ahead: batches in flight beside the one in use, at least 1.
         training: shuffle and drop the last partial global batch; else keep the file's order and every image.
         on_error: `raise` stops at a sample that cannot be decoded; `skip` names it, counts it, and uses its neighbour.
+        scaled_decode: decode JPEGs at half or quarter scale where no window becomes smaller than its view.
+        geometry: where crops are cut and resized, the `cpu` or the `device`; `auto`: on a GPU if the file is raw.
+        output: `views`, or `crops`: uint8, before the photometric chain, whatever `dtype` is.
+
+    Raises:
+        ValueError: the batches do not fit into memory.
     """
 
     def __init__(
@@ -79,6 +82,9 @@ class FFCVLoader:
         batches_ahead: int = 2,
         training: bool = True,
         on_error: OnError = "raise",
+        scaled_decode: bool = False,
+        geometry: Geometry = "auto",
+        output: Literal["views", "crops"] = "views",
     ) -> None:
         self.beton, self.recipe, self.seed = beton, recipe, seed
         self.device = device or torch.device("cpu")
@@ -92,13 +98,25 @@ class FFCVLoader:
             world_size=world_size,
             training=training,
         )
-        self._bad_samples = BadSamples(beton, on_error)
-        self._batches_ahead, self._num_threads = batches_ahead, num_threads
-        self._sizes = np.array([view.size for view in recipe.views], np.int64)
-        self._pool = DecodePool(num_threads, [view.size for view in recipe.views])
-        self._turbojpeg = addresses()
-        self._render_chunk = render_kernel()
-        self._coloring = self._coloring_on_cpu() if self.device.type == "cpu" else None
+        self._bad_samples = bad_samples_of(beton, on_error)
+        self._batches_ahead, self._output = batches_ahead, output
+        self._renderer = Renderer(
+            beton,
+            recipe,
+            seed,
+            target=_target(self.device, beton, geometry, output),
+            num_threads=num_threads,
+            scaled_decode=scaled_decode,
+            pinned=self.device.type == "cuda",
+            bad_samples=self._bad_samples,
+        )
+        self._sender = Sender(self.device)
+        local_batch_size = -(-min(global_batch_size, beton.num_samples) // world_size)
+        check_host_memory(
+            self._renderer.batch_bytes(local_batch_size) * (batches_ahead + 2),
+            f"{batches_ahead + 2} batches of {local_batch_size} images with {len(recipe.views)} views",
+            "use a smaller batch, fewer or smaller views, or a lower `data.batches_ahead`",
+        )
 
     def __len__(self) -> int:
         """Batches in an epoch."""
@@ -111,21 +129,23 @@ class FFCVLoader:
 
     def epoch(self, epoch: int, start_batch: int = 0) -> Iterator[Batch]:
         """The batches of one epoch from `start_batch` on."""
-        batches = range(start_batch, len(self))
         in_flight: deque[_InFlight] = deque()
         try:
-            for batch in batches:
+            for batch in range(start_batch, len(self)):
                 while len(in_flight) <= self._batches_ahead and batch + len(in_flight) < len(self):
-                    in_flight.append(self._start(epoch, batch + len(in_flight)))
+                    samples = self._plan.samples(epoch, batch + len(in_flight))
+                    in_flight.append(_InFlight(self._renderer.start(epoch, samples)))
                 current = in_flight.popleft()
-                for chunk in current.chunks:
-                    chunk.result()
+                sent = self._send(current)
+                for later in in_flight:  # what is decoded already travels while the device works on this batch
+                    if not later.rendering.is_made:
+                        break
+                    self._send(later)
                 self._plan.record(epoch, batch)
-                yield self._finish(current, epoch)
+                yield self._finish(current.rendering, sent)
         finally:
             for abandoned in in_flight:
-                for chunk in abandoned.chunks:
-                    chunk.cancel()
+                abandoned.rendering.cancel()
 
     def state_dict(self) -> dict[str, Any]:
         """Position after the last batch yielded, and what makes a resumed run the same one."""
@@ -137,114 +157,49 @@ class FFCVLoader:
 
     def close(self) -> None:
         """Stop the threads and free their memory."""
-        self._pool.close()
+        self._renderer.close()
 
-    def _coloring_on_cpu(self) -> Coloring:
-        return Coloring(
-            kernel_sizes=np.array([view.blur_kernel for view in self.recipe.views], np.int64),
-            mean=np.array(self.recipe.mean, np.float32),
-            std=np.array(self.recipe.std, np.float32),
-        )
+    def _send(self, batch: _InFlight) -> Sent:
+        """Wait until a batch is made, and send it to the device, unless it is on its way."""
+        if batch.sent is None:
+            batch.rendering = self._renderer.wait(batch.rendering)
+            samples = batch.rendering.samples
+            labels = np.full(len(samples), -1) if self.beton.labels is None else self.beton.labels[samples]
+            batch.sent = self._sender.send(batch.rendering.out, self._pinned(labels))
+        return batch.sent
 
-    def _start(self, epoch: int, batch: int) -> _InFlight:
-        """Draw the parameters of a batch and queue its chunks."""
-        samples = self._plan.samples(epoch, batch)
-        beton = self.beton
-        source = Source(
-            data=beton.data,
-            offsets=beton.offsets[samples],
-            sizes=beton.sizes[samples],
-            modes=beton.modes[samples],
-            widths=beton.widths[samples],
-            heights=beton.heights[samples],
-        )
-        params = draw_views(self.recipe, self.seed, epoch, samples, source.widths, source.heights)
-        layout = self._layout(len(samples))
-        total = int((self._sizes**2).sum()) * 3 * len(samples)
-        on_cpu = self._coloring is not None
-        out = torch.empty(total, dtype=torch.float32 if on_cpu else torch.uint8, pin_memory=not on_cpu)
-        current = _InFlight(samples, params, source, out, [])
-        size = max(1, -(-len(samples) // (self._num_threads * CHUNKS_PER_THREAD)))
-        for begin in range(0, len(samples), size):
-            end = min(begin + size, len(samples))
-            current.chunks.append(self._pool.submit(partial(self._render, current, layout, epoch, begin, end)))
-        return current
-
-    def _layout(self, num_images: int) -> Layout:
-        blocks = self._sizes**2 * 3 * num_images
-        return Layout(sizes=self._sizes, offsets=np.cumsum(blocks) - blocks)
-
-    def _render(self, current: _InFlight, layout: Layout, epoch: int, begin: int, end: int, worker: Worker) -> None:
-        """Make positions [begin, end) of a batch, on a decoding thread."""
-        source, out = current.source, current.out.numpy()
-
-        def run(first: int, last: int, *, tolerant: bool) -> tuple[int, int]:
-            widths, heights = source.widths[first:last].astype(np.int64), source.heights[first:last]
-            scratch = worker.scratch(int((widths * heights).max()), int(max(widths.max(), heights.max())))
-            stop, status = self._render_chunk(
-                source,
-                current.params,
-                first,
-                last,
-                tolerant,
-                self._turbojpeg,
-                worker.decompressor.handle,
-                scratch,
-                layout,
-                self._coloring,
-                out,
-            )
-            return int(stop), int(status)
-
-        tries = 0
-        while begin < end:
-            stop, status = run(begin, end, tolerant=False)
-            if stop == end:
-                return
-            reason = (
-                "its size is not the one in the file's table"
-                if status == WRONG_SIZE
-                else worker.decompressor.last_error()
-            )
-            if status == REFUSED and HARMLESS_WARNING in reason:
-                run(stop, stop + 1, tolerant=True)
-                begin = stop + 1
-                continue
-            tries = tries + 1 if stop == begin else 1
-            self._on_bad_sample(current, epoch, stop, reason, tries)
-            begin = stop
-
-    def _on_bad_sample(self, current: _InFlight, epoch: int, position: int, reason: str, tries: int) -> None:
-        """Raise, or put the next row of the file in the place of a sample that cannot be decoded."""
-        neighbour = self._bad_samples.replace(int(current.samples[position]), reason, tries)
-        current.samples[position] = neighbour
-        for name in ("offsets", "sizes", "modes", "widths", "heights"):
-            getattr(current.source, name)[position] = getattr(self.beton, name)[neighbour]
-        here = slice(position, position + 1)
-        current.params[here] = draw_views(
-            self.recipe,
-            self.seed,
-            epoch,
-            current.samples[here],
-            current.source.widths[here],
-            current.source.heights[here],
-        )
-
-    def _finish(self, done: _InFlight, epoch: int) -> Batch:
+    def _finish(self, made: Rendering, sent: Sent) -> Batch:
         """Hand a batch over, on the device."""
-        num = len(done.samples)
-        layout = self._layout(num)
-        views = []
-        for v, view in enumerate(self.recipe.views):
-            size, start = view.size, int(layout.offsets[v])
-            block = done.out[start : start + num * size * size * 3].view(num, size, size, 3).permute(0, 3, 1, 2)
-            if self._coloring is None:
-                block = photometric(block.to(self.device, non_blocking=True), done.params[:, v], view, self.recipe)
-            views.append(block.to(self.dtype))
-        labels = self.beton.labels
-        return Batch(
-            views=views,
-            labels=to_device(np.full(num, -1) if labels is None else labels[done.samples], self.device),
-            sample_indices=torch.from_numpy(done.samples),
-            epoch=epoch,
+        out, labels = sent.receive()
+        target = self._renderer.target
+        views = self._crops(made, out) if target == "images" else self._renderer.views(made, out)
+        if self._output == "views":
+            if target != "views":
+                views = [
+                    photometric_chain(crops, made.params[:, v], self.recipe.views[v], self.recipe, self.dtype)
+                    for v, crops in enumerate(views)
+                ]
+            views = [view.to(self.dtype) for view in views]
+        return Batch(views=views, labels=labels, sample_indices=torch.from_numpy(made.samples), epoch=made.epoch)
+
+    def _crops(self, made: Rendering, pixels: Tensor) -> list[Tensor]:
+        """Cut and resize on the device."""
+        images = PackedImages(
+            pixels=pixels,
+            offsets=to_device(made.starts, self.device),
+            widths=to_device(self.beton.widths[made.samples], self.device),
+            heights=to_device(self.beton.heights[made.samples], self.device),
         )
+        return [crop_resize(images, made.params[:, v], view) for v, view in enumerate(self.recipe.views)]
+
+    def _pinned(self, array: NDArray[np.int64]) -> Tensor:
+        tensor = torch.from_numpy(array)
+        return tensor.pin_memory() if self.device.type == "cuda" else tensor
+
+
+def _target(device: torch.device, beton: Beton, geometry: Geometry, output: Literal["views", "crops"]) -> Target:
+    """What the threads make: as much as is not left to the device."""
+    raw = bool((beton.modes == MODE_RAW).all())
+    if geometry == "device" or (geometry == "auto" and device.type == "cuda" and raw):
+        return "images"
+    return "crops" if device.type == "cuda" or output == "crops" else "views"

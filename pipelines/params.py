@@ -6,18 +6,22 @@ the same parameters, and a restarted or differently sliced run draws the same on
 Crop windows follow torchvision's `RandomResizedCrop.get_params`: up to ten attempts at an area and an aspect, then a
 central window of the nearest allowed aspect. They are whole pixels of the stored image.
 
+The drawing itself is compiled (`pipelines.params_numba`), so that decoding threads do it; `pipelines.params_reference`
+defines it.
+
 Legend: N samples, V views.
 """
 
 from __future__ import annotations
 
+from dataclasses import fields
 from enum import IntEnum
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pipelines.recipe import Recipe, ViewRecipe
-from pipelines.rng import as_words, bits, key_of, uniform
+from pipelines.rng import key_of
 
 NUM_ATTEMPTS = 10  # torchvision's
 NUM_JITTER_OPS = 4
@@ -82,7 +86,50 @@ class Draw(IntEnum):
     CUTOUT_X = 56
 
 
+CROPS = ("random_resized", "center", "whole")
+PROBABILITIES = tuple(field.name for field in fields(ViewRecipe) if field.name.endswith("_prob"))
+
 SHARED_CROP = 0x736861726564  # "shared": in the place of a view's number, the window that views have in common
+
+
+RECIPE_TABLE = np.dtype(
+    [
+        ("size", np.int64),
+        ("crop", np.int64),
+        ("shared_crop", np.bool_),
+        ("crop_area", np.float64, (2,)),
+        ("log_aspect", np.float64, (2,)),
+        ("aspect", np.float64, (2,)),
+        ("jitter_low", np.float64, (NUM_JITTER_OPS,)),
+        ("jitter_high", np.float64, (NUM_JITTER_OPS,)),
+        ("has_op", np.uint8, (NUM_JITTER_OPS,)),
+        ("blur_sigma", np.float64, (2,)),
+        ("solarize_threshold", np.float64),
+        ("noise_std", np.float64, (2,)),
+        ("cutout_side", np.int64),
+        *((name, np.float64) for name in PROBABILITIES),
+    ],
+    align=True,
+)
+"""A view's recipe as the compiled code reads it. Arrays of it are [V]."""
+
+
+def recipe_table(recipe: Recipe) -> NDArray[np.void]:
+    """The recipe for compiled code, `RECIPE_TABLE` [V]."""
+    table = np.zeros(len(recipe.views), RECIPE_TABLE)
+    for row, view in zip(table, recipe.views, strict=True):
+        strength = np.array([view.brightness, view.contrast, view.saturation, view.hue])
+        center = np.array([1.0, 1.0, 1.0, 0.0])
+        low = center - strength
+        low[:HUE] = np.maximum(low[:HUE], 0.0)
+        row["size"], row["crop"], row["shared_crop"] = view.size, CROPS.index(view.crop), view.shared_crop
+        row["crop_area"], row["aspect"], row["log_aspect"] = view.crop_area, view.crop_aspect, np.log(view.crop_aspect)
+        row["jitter_low"], row["jitter_high"], row["has_op"] = low, center + strength, strength > 0.0
+        row["blur_sigma"], row["solarize_threshold"] = view.blur_sigma, view.solarize_threshold
+        row["noise_std"], row["cutout_side"] = view.noise_std, max(1, round(view.cutout_side * view.size))
+        for name in PROBABILITIES:
+            row[name] = getattr(view, name)
+    return table
 
 
 def draw_views(
@@ -106,119 +153,8 @@ def draw_views(
     Returns:
         `VIEW_PARAMS` [N, V].
     """
+    from pipelines.params_numba import draw_kernel
+
     params = np.zeros((len(samples), len(recipe.views)), VIEW_PARAMS)
-    for v, view in enumerate(recipe.views):
-        key = key_of(seed, epoch, samples, v)
-        if view.shared_crop:
-            shared = np.zeros(len(samples), VIEW_PARAMS)
-            _random_window(shared, view, key_of(seed, epoch, samples, SHARED_CROP), widths, heights)
-            _draw_view(params[:, v], view, key, shared["width"], shared["height"])
-            params["top"][:, v] += shared["top"]
-            params["left"][:, v] += shared["left"]
-        else:
-            _draw_view(params[:, v], view, key, widths, heights)
+    draw_kernel()(recipe_table(recipe), key_of(seed, epoch)[0], samples, widths, heights, params)
     return params
-
-
-def _draw_view(
-    out: ViewParams,
-    view: ViewRecipe,
-    key: NDArray[np.uint64],
-    widths: NDArray[np.int32],
-    heights: NDArray[np.int32],
-) -> None:
-    if view.crop == "random_resized":
-        _random_window(out, view, key, widths, heights)
-    else:
-        _fixed_window(out, view, widths, heights)
-    out["flip"] = uniform(key, Draw.FLIP) < view.flip_prob
-    _draw_jitter(out, view, key)
-    out["gray"] = uniform(key, Draw.GRAY) < view.gray_prob
-    sigma = _between(uniform(key, Draw.BLUR_SIGMA), view.blur_sigma)
-    out["blur_sigma"] = np.where(uniform(key, Draw.BLUR) < view.blur_prob, sigma, 0.0)
-    solarized = uniform(key, Draw.SOLARIZE) < view.solarize_prob
-    out["solarize_threshold"] = np.where(solarized, view.solarize_threshold, np.inf)
-    turned = uniform(key, Draw.ROTATE) < view.rotate_prob
-    out["quarter_turns"] = np.where(turned, 1 + np.floor(3 * uniform(key, Draw.QUARTER_TURNS)), 0)
-    out["sobel"] = uniform(key, Draw.SOBEL) < view.sobel_prob
-    noise_std = _between(uniform(key, Draw.NOISE_STD), view.noise_std)
-    out["noise_std"] = np.where(uniform(key, Draw.NOISE) < view.noise_prob, noise_std, 0.0)
-    out["noise_key"] = bits(key, as_words(int(Draw.NOISE_KEY)))
-    _draw_cutout(out, view, key)
-
-
-def _random_window(
-    out: ViewParams,
-    view: ViewRecipe,
-    key: NDArray[np.uint64],
-    widths: NDArray[np.int32],
-    heights: NDArray[np.int32],
-) -> None:
-    key_N1 = key[:, None]
-    attempts = np.arange(NUM_ATTEMPTS, dtype=np.uint64)
-    share = _between(uniform(key_N1, attempts + np.uint64(Draw.CROP_AREA)), view.crop_area)
-    log_aspect = _between(uniform(key_N1, attempts + np.uint64(Draw.CROP_ASPECT)), np.log(view.crop_aspect))
-    # Rounded to float32 so that a last-bit difference between machines' exp() cannot move a window.
-    aspect = np.exp(log_aspect).astype(np.float32).astype(np.float64)
-    area = share * (widths.astype(np.float64) * heights)[:, None]
-    width_NA = np.rint(np.sqrt(area * aspect)).astype(np.int32)
-    height_NA = np.rint(np.sqrt(area / aspect)).astype(np.int32)
-    fits = (width_NA > 0) & (width_NA <= widths[:, None]) & (height_NA > 0) & (height_NA <= heights[:, None])
-    first = np.argmax(fits, axis=1)
-    rows = np.arange(len(out))
-    fallback_width, fallback_height = _fallback_window(view.crop_aspect, widths, heights)
-    found = fits[rows, first]
-    width = np.where(found, width_NA[rows, first], fallback_width)
-    height = np.where(found, height_NA[rows, first], fallback_height)
-    top = np.floor(uniform(key, Draw.CROP_TOP) * (heights - height + 1)).astype(np.int32)
-    left = np.floor(uniform(key, Draw.CROP_LEFT) * (widths - width + 1)).astype(np.int32)
-    out["width"], out["height"] = width, height
-    out["top"] = np.where(found, top, (heights - height) // 2)
-    out["left"] = np.where(found, left, (widths - width) // 2)
-
-
-def _fallback_window(
-    aspect: tuple[float, float], widths: NDArray[np.int32], heights: NDArray[np.int32]
-) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-    """The largest window whose aspect is within the range; at least one pixel on an extreme panorama."""
-    width = np.minimum(widths, np.rint(heights * aspect[1])).astype(np.int32)
-    height = np.minimum(heights, np.rint(widths / aspect[0])).astype(np.int32)
-    return np.maximum(width, 1), np.maximum(height, 1)
-
-
-def _fixed_window(out: ViewParams, view: ViewRecipe, widths: NDArray[np.int32], heights: NDArray[np.int32]) -> None:
-    smaller = np.minimum(widths, heights)
-    out["width"], out["height"] = (smaller, smaller) if view.crop == "center" else (widths, heights)
-    out["top"], out["left"] = (heights - out["height"]) // 2, (widths - out["width"]) // 2
-
-
-def _draw_jitter(out: ViewParams, view: ViewRecipe, key: NDArray[np.uint64]) -> None:
-    strength = (view.brightness, view.contrast, view.saturation, view.hue)
-    ops = np.arange(NUM_JITTER_OPS, dtype=np.uint64)
-    u = uniform(key[:, None], ops + np.uint64(Draw.JITTER_FACTOR))
-    low = [max(0.0, 1.0 - s) for s in strength[:HUE]] + [-strength[HUE]]
-    high = [1.0 + s for s in strength[:HUE]] + [strength[HUE]]
-    out["jitter_factor"] = _between(u, (np.array(low), np.array(high)))
-    order = np.argsort(uniform(key[:, None], ops + np.uint64(Draw.JITTER_ORDER)), axis=1, kind="stable")
-    applied = (uniform(key, Draw.JITTER) < view.jitter_prob)[:, None] & (np.array(strength) > 0.0)[order]
-    out["jitter_order"] = np.where(applied, order, NO_OP)
-
-
-def _draw_cutout(out: ViewParams, view: ViewRecipe, key: NDArray[np.uint64]) -> None:
-    """A square around a uniform pixel, clipped to the view (DeVries and Taylor 2017)."""
-    side = max(1, round(view.cutout_side * view.size))
-    chosen = uniform(key, Draw.CUTOUT) < view.cutout_prob
-    for name, extent, draw in (
-        ("cutout_top", "cutout_height", Draw.CUTOUT_Y),
-        ("cutout_left", "cutout_width", Draw.CUTOUT_X),
-    ):
-        begin = np.floor(uniform(key, draw) * view.size).astype(np.int32) - side // 2
-        low, high = np.maximum(begin, 0), np.minimum(begin + side, view.size)
-        out[name], out[extent] = np.where(chosen, low, 0), np.where(chosen, high - low, 0)
-
-
-def _between(u: FloatArray, bounds: tuple[float, float] | tuple[FloatArray, FloatArray] | FloatArray) -> FloatArray:
-    """Uniform numbers of [0, 1) moved to [low, high)."""
-    low, high = bounds
-    moved: FloatArray = low + u * (high - low)
-    return moved

@@ -11,44 +11,63 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
+from numpy.typing import NDArray
 
 from pipelines.decode.kernel import Scratch
-from pipelines.decode.resample import max_taps
+from pipelines.decode.resample import OVERREAD, TRIANGLE, columns_size, max_taps, packed_size
+from pipelines.decode.rows import MAX_BYTES
 from pipelines.decode.turbojpeg import NUM_CHANNELS, Decompressor
+
+CACHE_LINE = 64  # bytes
+KEPT_PIXELS = 2**22  # of scratch for a decoded image: 16 MiB; what a larger one takes is given back after it
 
 
 class Worker:
-    """What one thread owns: a decompressor and scratch memory that grows to the largest image met.
+    """What one thread owns: a decompressor and scratch memory that grows to the largest usual image met.
 
     Args:
         view_sizes: sides of the views, pixels.
+        filter_radius: of the widest filter that resizes crops.
     """
 
-    def __init__(self, view_sizes: Sequence[int]) -> None:
+    def __init__(self, view_sizes: Sequence[int], filter_radius: int = TRIANGLE) -> None:
         self.decompressor = Decompressor()
-        self._view_sizes = view_sizes
+        self._view_sizes, self._filter_radius = view_sizes, filter_radius
+        self._jpeg = np.empty(MAX_BYTES, np.uint8)
         self._scratch: Scratch | None = None
+        self._max_pixels = self._max_side = 0
 
     def scratch(self, max_pixels: int, max_side: int) -> Scratch:
         """Working memory for images of up to `max_pixels` pixels and `max_side` pixels a side."""
-        old = self._scratch
-        if old and old.pixels.size >= max_pixels * NUM_CHANNELS and old.row.size >= max_side * NUM_CHANNELS:
-            return old
-        if old:
-            max_pixels = max(max_pixels, old.pixels.size // NUM_CHANNELS)
-            max_side = max(max_side, old.row.size // NUM_CHANNELS)
-        size, smallest = max(self._view_sizes), min(self._view_sizes)
-        self._scratch = Scratch(
-            pixels=np.empty(max_pixels * NUM_CHANNELS, np.uint8),
+        if self._scratch and max_pixels <= self._max_pixels and max_side <= self._max_side:
+            return self._scratch
+        if max_pixels > KEPT_PIXELS:
+            return self._allocate(max_pixels, max_side)
+        self._max_pixels = max(max_pixels, self._max_pixels)
+        self._max_side = max(max_side, self._max_side)
+        self._scratch = self._allocate(self._max_pixels, self._max_side)
+        return self._scratch
+
+    def _allocate(self, max_pixels: int, max_side: int) -> Scratch:
+        size, taps = max(self._view_sizes), max_taps(max_side, min(self._view_sizes), self._filter_radius)
+        return Scratch(
+            pixels=np.empty(max_pixels * NUM_CHANNELS + OVERREAD, np.uint8),
             header=np.empty(4, np.int32),
-            row=np.empty(max_side * NUM_CHANNELS, np.float32),
+            jpeg=self._jpeg,
+            columns=_aligned(columns_size(max_side)),
+            packed=np.empty(packed_size(size), np.uint32),
             firsts=np.empty((2, size), np.int32),
             counts=np.empty((2, size), np.int32),
-            weights=np.empty((2, size, max_taps(max_side, smallest)), np.float32),
-            crop=np.empty(size * size * 3, np.uint8),
-            planes=np.empty(size * size * 4, np.float32),
+            weights=np.empty((2, size, taps), np.float32),
+            planes=_aligned(size * size * 4),
         )
-        return self._scratch
+
+
+def _aligned(size: int) -> NDArray[np.float32]:
+    """Memory for float32 vectors that do not straddle two cache lines."""
+    memory = np.empty(size + CACHE_LINE // 4, np.float32)
+    skipped = -memory.ctypes.data % CACHE_LINE // 4
+    return memory[skipped : skipped + size]
 
 
 class DecodePool:
@@ -57,11 +76,12 @@ class DecodePool:
     Args:
         num_threads: at least 1.
         view_sizes: sides of the views, pixels.
+        filter_radius: of the widest filter that resizes crops.
     """
 
-    def __init__(self, num_threads: int, view_sizes: Sequence[int]) -> None:
+    def __init__(self, num_threads: int, view_sizes: Sequence[int], filter_radius: int = TRIANGLE) -> None:
         self._local = threading.local()
-        self._view_sizes = view_sizes
+        self._view_sizes, self._filter_radius = view_sizes, filter_radius
         self._workers: list[Worker] = []
         self._executor = ThreadPoolExecutor(num_threads, thread_name_prefix="decode", initializer=self._start_thread)
 
@@ -76,5 +96,5 @@ class DecodePool:
             self._workers.pop().decompressor.close()
 
     def _start_thread(self) -> None:
-        self._local.worker = Worker(self._view_sizes)
+        self._local.worker = Worker(self._view_sizes, self._filter_radius)
         self._workers.append(self._local.worker)

@@ -98,6 +98,7 @@ def test_every_command_has_the_options_that_it_is_given(document, monkeypatch):
 def test_every_option_and_field_in_a_sentence_exists(document):
     pretrain = options("train.pretrain")
     known = pretrain | options("train.evaluate", "knn") | options("tools.convert") | options("tools.verify")
+    known |= options("tools.preview")
     for span in re.findall(r"`([^`]+)`", prose(document)):
         assert set(re.findall(OPTION, span)) <= known | FOREIGN_OPTIONS, span
         field = re.match(r"(?:data|augment|model|optim|schedule|train)(?:\.[a-z_]+)+(?=$|:)", span)

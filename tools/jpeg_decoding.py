@@ -10,7 +10,7 @@ import ctypes
 
 import numpy as np
 
-from pipelines.decode.turbojpeg import HARMLESS_WARNING, Decompressor, library
+from pipelines.decode.turbojpeg import Decompressor, is_harmless, library
 from tools.image_decoding import ImageArray, UnusableImage
 
 RGB = 0  # TJPF_RGB
@@ -42,7 +42,7 @@ def decode_jpeg(source: bytes, denominator: int = 1) -> ImageArray | None:
         if turbojpeg.tjGetErrorCode(handle) != WARNING:
             return True
         warning = decompressor.last_error()
-        if HARMLESS_WARNING in warning:
+        if is_harmless(warning, source):
             return False
         raise UnusableImage(f"is damaged: {warning}")
 

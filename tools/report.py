@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import base64
+import dataclasses
 import html
 import io
 import json
@@ -21,8 +22,7 @@ from PIL import Image
 from torch import Tensor
 
 from pipelines.augment import build_recipe
-from pipelines.beton import open_beton
-from pipelines.build import DataConfig, build_loader
+from pipelines.build import DataConfig, build_loader, open_data
 from pipelines.recipe import Recipe
 from train.checkpoint import latest_checkpoint, load_checkpoint
 from train.cli import run
@@ -136,11 +136,12 @@ def _contact_sheet(config: PretrainConfig) -> str:
     """The views of the first images of epoch 0: a column an image, a row a view."""
     if not Path(config.data.path).exists():
         return f"<p>{html.escape(config.data.path)} is not here.</p>"
-    beton = open_beton(config.data.path)
+    data_config = config.data if config.data.loader == "folder" else DataConfig(path=config.data.path)
+    data = open_data(data_config)
     recipe = build_recipe(config.augment)
     loader = build_loader(
-        DataConfig(path=config.data.path, global_batch_size=min(NUM_SHOWN, beton.num_samples)),
-        beton,
+        dataclasses.replace(data_config, global_batch_size=min(NUM_SHOWN, data.num_samples)),
+        data,
         Recipe(views=recipe.views),  # without the normalisation: as pictures
         seed=config.seed,
         rank=0,

@@ -18,8 +18,7 @@ import torch
 
 from model.build import build_method
 from pipelines.augment import build_recipe
-from pipelines.beton import open_beton
-from pipelines.build import build_loader, check_batch_size
+from pipelines.build import build_loader, check_batch_size, open_data
 from train.cli import run
 from train.config import claim_run_dir, parse_pretrain_config
 from train.engine import Engine, init_process_group
@@ -34,9 +33,9 @@ def main() -> None:
     """Check, set up, train."""
     config = parse_pretrain_config()
     ranks = read_ranks()
-    beton = open_beton(config.data.path)
-    check_batch_size(config.data.global_batch_size, ranks.world_size, beton.num_samples)
-    steps_per_epoch = beton.num_samples // config.data.global_batch_size
+    data = open_data(config.data)
+    check_batch_size(config.data.global_batch_size, ranks.world_size, data.num_samples)
+    steps_per_epoch = data.num_samples // config.data.global_batch_size
     total_steps = config.train.epochs * steps_per_epoch
     warmup_steps = num_warmup_steps(config.schedule, steps_per_epoch=steps_per_epoch, total_steps=total_steps)
     device = choose_device(config.train.device, ranks)
@@ -65,7 +64,7 @@ def main() -> None:
     )
     loader = build_loader(
         config.data,
-        beton,
+        data,
         build_recipe(config.augment),
         seed=config.seed,
         rank=ranks.rank,

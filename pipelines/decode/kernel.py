@@ -1,7 +1,7 @@
-"""The whole way of some samples on the CPU: decode once, cut V windows, and (for CPU training) colour them.
+"""The whole way of some samples on the CPU: draw, decode once, cut V windows, and (for CPU training) colour them.
 
 One nopython call a chunk of samples; it holds no lock, so threads run it side by side. Views are written into one flat
-buffer: view v of sample i starts at `offsets[v] + i · size² · 3`, in HWC order, which is a channels_last batch.
+buffer: view v of sample i starts at `offsets[v] + i · strides[v]`, in HWC order.
 
 A kernel stops at the first sample that it cannot decode and says where; the caller, who knows names and policy,
 decides what happens next.
@@ -9,36 +9,46 @@ decides what happens next.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from functools import cache
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-from pipelines.decode import resample
-from pipelines.decode import turbojpeg as turbojpeg_calls
-from pipelines.decode.resample import resized_crop
+from pipelines import params_numba
+from pipelines.compiled import source_hash
+from pipelines.decode.resample import resized_crop, unpack
+from pipelines.decode.rows import keep_rows
 from pipelines.decode.turbojpeg import (
     NUM_CHANNELS,
     PIXEL_FORMAT_RGBX,
     call_decompress,
     call_decompress_header,
 )
+from pipelines.params_numba import draw
 from pipelines.photometric import numba_kernels
-from pipelines.photometric.numba_kernels import photometric_image
+from pipelines.photometric.numba_kernels import load_words, photometric_planes
 
 OK, REFUSED, BAD_HEADER, WRONG_SIZE = 0, 1, 2, 3
 """What `render` says of the sample at which it stopped. Only REFUSED may leave complete pixels behind."""
+
+SOURCES = (
+    "pipelines.decode.kernel",
+    "pipelines.decode.turbojpeg",
+    "pipelines.decode.resample",
+    "pipelines.decode.rows",
+    *numba_kernels.SOURCES,
+    *params_numba.SOURCES,
+)
+"""The modules whose code is compiled into `render` and `unpack`."""
 
 MODE_RAW = 1  # of the .beton: height × width × RGB bytes
 
 
 class Source(NamedTuple):
-    """Where a batch's encoded samples lie; arrays by position in the batch, but for `data`."""
+    """Where the encoded samples lie: the tables of a `.beton`, arrays by row, but for `data`."""
 
     data: NDArray[np.uint8]
     """The whole file."""
@@ -55,7 +65,11 @@ class Layout(NamedTuple):
     sizes: NDArray[np.int64]
     """Side of each view, pixels."""
     offsets: NDArray[np.int64]
-    """First element of each view's block in the flat output."""
+    """Where the first image's views begin in the flat output."""
+    strides: NDArray[np.int64]
+    """How far the next image's view begins behind an image's."""
+    filters: NDArray[np.int64]
+    """TRIANGLE or CUBIC of `pipelines.decode.resample`."""
 
 
 class Coloring(NamedTuple):
@@ -76,74 +90,137 @@ class Scratch(NamedTuple):
     """The decoded image, RGBX."""
     header: NDArray[np.int32]
     """[4]; what the JPEG says of itself."""
-    row: NDArray[np.float32]
+    jpeg: NDArray[np.uint8]
+    """[MAX_BYTES of `pipelines.decode.rows`]; a JPEG of the rows that are needed."""
+    columns: NDArray[np.float32]
+    packed: NDArray[np.uint32]
     firsts: NDArray[np.int32]
     counts: NDArray[np.int32]
     weights: NDArray[np.float32]
-    crop: NDArray[np.uint8]
     planes: NDArray[np.float32]
 
 
-@njit(nogil=True, cache=True)
-def decode(encoded, mode, width, height, turbojpeg, handle, scratch):
+@njit(nogil=True)
+def decode(source, sample, reduction, top, bottom, turbojpeg, handle, scratch):
     """Decode one sample to RGBX.
 
     Args:
-        encoded: uint8 [bytes].
-        mode: MODE_RAW, or anything else for a JPEG.
-        width: that the file's tables state; a JPEG of another size is refused.
-        height: likewise.
+        source: `Source`.
+        sample: row of the file; a JPEG of another size than the tables state is refused.
+        reduction: 1, or 2 or 4: libjpeg-turbo's scaled decode of a JPEG to that fraction of its size.
+        top: first row of the whole image that is needed; what lies elsewhere may be left undefined.
+        bottom: one past the last.
         turbojpeg: addresses, `pipelines.decode.turbojpeg.TurboJPEG`.
         handle: of a decompressor that no other thread uses.
         scratch: `Scratch`.
 
     Returns:
         OK, REFUSED or BAD_HEADER (libjpeg-turbo's last error says why; a mere warning while decoding leaves complete
-        pixels) or WRONG_SIZE, and the image, uint8 [height, width, 4].
+        pixels) or WRONG_SIZE, and the image, uint8 [⌈height / reduction⌉, ⌈width / reduction⌉, 4].
     """
+    encoded = source.data[source.offsets[sample] : source.offsets[sample] + source.sizes[sample]]
+    width, height = -(-source.widths[sample] // reduction), -(-source.heights[sample] // reduction)
     num_pixels = height * width
     flat = scratch.pixels[: num_pixels * NUM_CHANNELS]
     image = flat.reshape(height, width, NUM_CHANNELS)
-    if mode == MODE_RAW:
+    if source.modes[sample] == MODE_RAW:
         for i in range(num_pixels):
-            for c in range(3):
-                flat[i * NUM_CHANNELS + c] = encoded[i * 3 + c]
+            flat[i * NUM_CHANNELS] = encoded[i * 3]
+            flat[i * NUM_CHANNELS + 1] = encoded[i * 3 + 1]
+            flat[i * NUM_CHANNELS + 2] = encoded[i * 3 + 2]
         return OK, image
+    size, first_row, num_rows = keep_rows(
+        encoded, source.widths[sample], source.heights[sample], top, bottom, scratch.jpeg
+    )
     jpeg, header = encoded.ctypes.data, scratch.header.ctypes.data
+    if size:
+        jpeg = scratch.jpeg.ctypes.data
+    else:
+        size = encoded.size
     if call_decompress_header(
-        turbojpeg.decompress_header, handle, jpeg, encoded.size, header, header + 4, header + 8, header + 12
+        turbojpeg.decompress_header, handle, jpeg, size, header, header + 4, header + 8, header + 12
     ):
         return BAD_HEADER, image
-    if scratch.header[0] != width or scratch.header[1] != height:
+    if scratch.header[0] != source.widths[sample] or scratch.header[1] != num_rows:
         return WRONG_SIZE, image
     pitch = width * NUM_CHANNELS
-    if call_decompress(
-        turbojpeg.decompress,
-        handle,
-        jpeg,
-        encoded.size,
-        flat.ctypes.data,
-        width,
-        pitch,
-        height,
-        PIXEL_FORMAT_RGBX,
-        0,
-    ):
+    pixels = flat.ctypes.data + first_row // reduction * pitch
+    height = -(-num_rows // reduction)
+    if call_decompress(turbojpeg.decompress, handle, jpeg, size, pixels, width, pitch, height, PIXEL_FORMAT_RGBX, 0):
         return REFUSED, image
     return OK, image
 
 
-@njit(nogil=True, cache=True)
-def _crop(image, view, out, scratch):
+@cache
+def unpack_kernel() -> Callable[..., tuple[int, int]]:
+    """The compiled `unpack`."""
+    version = source_hash(*SOURCES)
+
+    @njit(nogil=True, cache=True)
+    def unpack(
+        source, samples, table, epoch_key, params, begin, end, tolerant, turbojpeg, handle, scratch, starts, out
+    ):
+        """Draw the views of positions [begin, end) of a batch, and decode the images whole.
+
+        Args, and what is returned, are those of `render`, but for:
+            starts: int64 [N]; where each image begins in `out`.
+            out: uint8, flat; each image as height × width × RGB; written.
+        """
+        _ = version  # in the closure, and so in the key of Numba's cache
+        for i in range(begin, end):
+            width, height = source.widths[samples[i]], source.heights[samples[i]]
+            draw(table, epoch_key, samples[i], width, height, params[i])
+            num = np.int64(3) * width * height
+            target = out[starts[i] : starts[i] + num]
+            if source.modes[samples[i]] == MODE_RAW:
+                first = source.offsets[samples[i]]
+                target[:] = source.data[first : first + num]
+                continue
+            status, image = decode(source, samples[i], 1, 0, height, turbojpeg, handle, scratch)
+            if status != OK and not (status == REFUSED and tolerant):
+                return i, status
+            flat = image.reshape(-1)
+            for p in range(num // 3):
+                target[3 * p] = flat[NUM_CHANNELS * p]
+                target[3 * p + 1] = flat[NUM_CHANNELS * p + 1]
+                target[3 * p + 2] = flat[NUM_CHANNELS * p + 2]
+        return end, OK
+
+    return unpack  # type: ignore[no-any-return]
+
+
+@njit(nogil=True)
+def _reduction(views, sizes):
+    """The scale at which every window is still at least as large as its view: 1, 2 or 4."""
+    spare = np.inf
+    for v in range(sizes.size):
+        spare = min(spare, views[v].height / sizes[v], views[v].width / sizes[v])
+    return 4 if spare >= 4.0 else (2 if spare >= 2.0 else 1)
+
+
+@njit(nogil=True)
+def _rows(views):
+    """The first row that some window has, and one past the last."""
+    top, bottom = views[0].top, views[0].top + views[0].height
+    for v in range(1, views.size):
+        top, bottom = min(top, views[v].top), max(bottom, views[v].top + views[v].height)
+    return top, bottom
+
+
+@njit(nogil=True)
+def _crop(image, kind, view, reduction, size, scratch):
+    scale = 1.0 / reduction
     resized_crop(
         image,
-        view.top,
-        view.left,
-        view.height,
-        view.width,
+        kind,
+        view.top * scale,
+        view.left * scale,
+        view.height * scale,
+        view.width * scale,
         view.flip,
-        out,
-        scratch.row,
+        size,
+        scratch.columns,
+        scratch.packed,
         scratch.firsts,
         scratch.counts,
         scratch.weights,
@@ -152,24 +229,39 @@ def _crop(image, view, out, scratch):
 
 @cache
 def render_kernel() -> Callable[..., tuple[int, int]]:
-    """The compiled `render`.
-
-    Numba's cache on disk knows a kernel by its own file and closure. The functions that are compiled into this one
-    come from other files, whose content is therefore put into its closure: an update never meets old machine code.
-    """
-    sources = [str(module.__file__) for module in (turbojpeg_calls, resample, numba_kernels)]
-    version = hashlib.sha256(b"".join(Path(source).read_bytes() for source in sources)).hexdigest()
+    """The compiled `render`."""
+    version = source_hash(*SOURCES)
 
     @njit(nogil=True, cache=True)
-    def render(source, params, begin, end, tolerant, turbojpeg, handle, scratch, layout, coloring, out):
-        """Decode samples [begin, end) of a batch, and write all views of each.
+    def render(
+        source,
+        samples,
+        table,
+        epoch_key,
+        params,
+        begin,
+        end,
+        tolerant,
+        scaled,
+        turbojpeg,
+        handle,
+        scratch,
+        layout,
+        coloring,
+        out,
+    ):
+        """Draw, decode and write the views of positions [begin, end) of a batch.
 
         Args:
             source: `Source`.
-            params: `VIEW_PARAMS` [N, V].
+            samples: int64 [N]; rows of the file.
+            table: `RECIPE_TABLE` [V].
+            epoch_key: uint64, `rng.key_of(seed, epoch)`.
+            params: `VIEW_PARAMS` [N, V]; written.
             begin: first position in the batch.
             end: one past the last.
             tolerant: accept the pixels of a JPEG of which libjpeg-turbo complained.
+            scaled: decode JPEGs at half or quarter scale where no window becomes smaller than its view.
             turbojpeg: as for `decode`.
             handle: as for `decode`.
             scratch: `Scratch`.
@@ -180,33 +272,34 @@ def render_kernel() -> Callable[..., tuple[int, int]]:
         Returns:
             `end` and OK; or the position of the first sample that could not be decoded, and why.
         """
-        _ = version  # in the closure, and so in the key
+        _ = version  # in the closure, and so in the key of Numba's cache
         for i in range(begin, end):
-            encoded = source.data[source.offsets[i] : source.offsets[i] + source.sizes[i]]
-            status, image = decode(
-                encoded, source.modes[i], source.widths[i], source.heights[i], turbojpeg, handle, scratch
-            )
+            draw(table, epoch_key, samples[i], source.widths[samples[i]], source.heights[samples[i]], params[i])
+            reduction = 1
+            if scaled and source.modes[samples[i]] != MODE_RAW:
+                reduction = _reduction(params[i], layout.sizes)
+            top, bottom = _rows(params[i])
+            status, image = decode(source, samples[i], reduction, top, bottom, turbojpeg, handle, scratch)
             if status != OK and not (status == REFUSED and tolerant):
                 return i, status
             for v in range(layout.sizes.size):
                 size, view = layout.sizes[v], params[i, v]
                 num = size * size * 3
-                start = layout.offsets[v] + i * num
+                start = layout.offsets[v] + i * layout.strides[v]
                 target = out[start : start + num].reshape(size, size, 3)
+                _crop(image, layout.filters[v], view, reduction, size, scratch)
                 if coloring is None:
-                    _crop(image, view, target, scratch)
+                    unpack(scratch.packed, target.reshape(-1))
                 else:
-                    crop = scratch.crop[:num].reshape(size, size, 3)
-                    _crop(image, view, crop, scratch)
                     planes = scratch.planes[: 4 * size * size].reshape(4, size * size)
-                    photometric_image(
-                        crop,
+                    load_words(scratch.packed, planes)
+                    photometric_planes(
+                        planes[:3],
+                        planes[3],
                         view,
                         coloring.kernel_sizes[v],
                         coloring.mean,
                         coloring.std,
-                        planes[:3],
-                        planes[3],
                         target,
                     )
         return end, OK

@@ -1,11 +1,13 @@
-"""Crop a window and resize it with an antialiased triangle filter, as torchvision's `resized_crop(antialias=True)`.
+"""Crop a window and resize it with an antialiased filter, as torchvision's `resized_crop(antialias=True)`.
 
-Each output pixel is a weighted mean of the window's pixels; the weights fall off linearly over `max(scale, 1)` pixels
-on either side of its centre (the filter of Pillow's BILINEAR and of torch's antialiased `interpolate`). The window is
-cut first, so nothing outside it bleeds in. Rows are combined first, along memory, then columns; one rounding at the
-end.
+Each output pixel is a weighted mean of the window's pixels. The filter is a triangle (Pillow's BILINEAR) or Keys' cubic
+with a = −1/2 (its BICUBIC), stretched by the scale where the window is larger than the output, as in Pillow and in
+torch's antialiased `interpolate`. The window is cut first, so nothing outside it bleeds in. Rows are combined first,
+then columns; one rounding at the end.
 
-The input may have any number of channels at least three (four after a JPEG decode); the output has the first three.
+The input is RGBX, four bytes a pixel. Four output rows are made at a time: their combined rows lie side by side, column
+by column, so that one vector holds a column of all four, and every output pixel of the four costs one multiply-add a
+tap. A crop of 224 pixels from 367 × 275 takes 51 µs so, and 283 µs with one row at a time (EPYC, Numba 0.68).
 """
 
 from __future__ import annotations
@@ -13,92 +15,167 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
+from pipelines.simd import (
+    NUM_LANES,
+    drop_fourth_bytes,
+    load,
+    load_bytes,
+    multiply_add,
+    splat,
+    store_quarters,
+    store_quarters_as_bytes,
+)
 
-def max_taps(in_size: int, out_size: int) -> int:
+NUM_CHANNELS = 4
+GROUP = 4  # output rows that are made at a time
+OVERREAD = 31  # bytes behind the last row that are read (and not used): rows are read by 32 bytes
+COLUMN = 4 * GROUP * NUM_CHANNELS  # bytes of one column of the combined rows
+ZERO, HALF = np.float32(0.0), np.float32(0.5)
+
+TRIANGLE, CUBIC = 1, 2
+"""Filters, by the distance at which each ends, in pixels."""
+FILTERS = {"bilinear": TRIANGLE, "bicubic": CUBIC}
+
+
+def max_taps(in_size: int, out_size: int, filter_radius: int) -> int:
     """The most input pixels that can weigh on one output pixel."""
-    return int(np.ceil(2.0 * max(in_size / out_size, 1.0))) + 2
+    return int(np.ceil(2.0 * filter_radius * max(in_size / out_size, 1.0))) + 2
 
 
-@njit(nogil=True, cache=True)
-def triangle_weights(in_size, out_size, first, count, weights):
+def columns_size(max_width: int) -> int:
+    """Float32 numbers that the combined rows of a window take, with what is written behind them."""
+    return (max_width + 8) * GROUP * NUM_CHANNELS
+
+
+def packed_size(size: int) -> int:
+    """Words that a crop takes, with its last rows made whole."""
+    return -(-size // GROUP) * GROUP * size
+
+
+@njit(nogil=True)
+def _triangle(x):
+    return max(0.0, 1.0 - abs(x))
+
+
+@njit(nogil=True)
+def _cubic(x):
+    x = abs(x)
+    if x < 1.0:
+        return (1.5 * x - 2.5) * x * x + 1.0
+    return ((-0.5 * x + 2.5) * x - 4.0) * x + 2.0 if x < 2.0 else 0.0
+
+
+@njit(nogil=True)
+def filter_weights(kind, start, extent, out_size, first, count, weights):
     """Fill the filter of one axis.
 
     Args:
-        in_size: pixels of the window along the axis.
+        kind: TRIANGLE or CUBIC.
+        start: where the window begins along the axis, in pixels of the image; may lie within a pixel.
+        extent: of the window, pixels.
         out_size: pixels of the output.
-        first: int32 [≥ out_size]; first input pixel of each output pixel.
-        count: int32 [≥ out_size]; how many input pixels weigh.
+        first: int32 [≥ out_size]; first pixel of the image that weighs on each output pixel.
+        count: int32 [≥ out_size]; how many pixels weigh.
         weights: float32 [≥ out_size, taps]; the normalised weights.
     """
-    scale = in_size / out_size
-    support = max(scale, 1.0)
+    scale = extent / out_size
+    stretch = max(scale, 1.0)
+    support = kind * stretch
+    lowest, highest = int(start), int(np.ceil(start + extent))
     for i in range(out_size):
-        center = scale * (i + 0.5)
-        low = max(int(center - support + 0.5), 0)
-        high = min(int(center + support + 0.5), in_size)
+        center = start + scale * (i + 0.5)
+        low = max(int(np.floor(center - support + 0.5)), lowest)
+        high = min(int(center + support + 0.5), highest)
         total = 0.0
         for j in range(high - low):
-            weight = max(0.0, 1.0 - abs((j + low - center + 0.5) / support))
+            x = (j + low - center + 0.5) / stretch
+            weight = _triangle(x) if kind == TRIANGLE else _cubic(x)
             weights[i, j] = weight
             total += weight
+        inverse = np.float32(1.0 / total)
         for j in range(high - low):
-            weights[i, j] /= np.float32(total)
+            weights[i, j] *= inverse
         first[i] = low
         count[i] = high - low
 
 
-@njit(nogil=True, cache=True)
-def resized_crop(image, top, left, height, width, flip, out, row, first, count, weights):
+@njit(nogil=True)
+def resized_crop(image, kind, top, left, height, width, flip, size, columns, packed, first, count, weights):
     """Resize one window of an image.
 
     Args:
-        image: uint8 [H, W, C], contiguous.
-        top: first row of the window; likewise left, and height and width ≥ 1, all inside the image.
+        image: uint8 [H, W, 4], contiguous, and followed by OVERREAD bytes that may be read.
+        kind: TRIANGLE or CUBIC.
+        top: first row of the window; likewise left, and height and width; all inside the image. They may be fractions
+            where the image is a scaled one.
         left: first column.
-        height: rows.
-        width: columns.
+        height: rows, > 0.
+        width: columns, > 0.
         flip: mirror the output from left to right.
-        out: uint8 [S, S, 3]; written.
-        row: float32 scratch [≥ width · C].
+        size: S, the side of the output.
+        columns: float32 scratch [≥ columns_size(width)].
+        packed: uint32 [≥ packed_size(S)]; written: the output's S · S pixels, a word each, RGBX from the lowest byte.
         first: int32 scratch [2, ≥ S].
         count: int32 scratch [2, ≥ S].
         weights: float32 scratch [2, ≥ S, ≥ taps of either axis].
     """
-    size = out.shape[0]
-    channels = image.shape[2]
-    triangle_weights(height, size, first[0], count[0], weights[0])
-    triangle_weights(width, size, first[1], count[1], weights[1])
-    flat = image.reshape(image.shape[0], image.shape[1] * channels)
-    length = width * channels
-    begin = left * channels
-    for y in range(size):
-        _combine_rows(flat, top + first[0, y], count[0, y], weights[0, y], begin, length, row)
-        for x in range(size):
-            low = first[1, x] * channels
-            red = np.float32(0.5)  # half a level, so that truncation rounds
-            green = np.float32(0.5)
-            blue = np.float32(0.5)
-            for t in range(count[1, x]):
-                weight = weights[1, x, t]
-                at = low + t * channels
-                red += weight * row[at]
-                green += weight * row[at + 1]
-                blue += weight * row[at + 2]
-            target = size - 1 - x if flip else x
-            out[y, target, 0] = np.uint8(min(red, np.float32(255.0)))
-            out[y, target, 1] = np.uint8(min(green, np.float32(255.0)))
-            out[y, target, 2] = np.uint8(min(blue, np.float32(255.0)))
+    first_column = int(left)
+    num_columns = int(np.ceil(left + width)) - first_column
+    filter_weights(kind, float(top), float(height), size, first[0], count[0], weights[0])
+    filter_weights(kind, left - first_column, float(width), size, first[1], count[1], weights[1])
+    pitch = image.shape[1] * NUM_CHANNELS
+    origin = image.ctypes.data + first_column * NUM_CHANNELS
+    combined, target = columns.ctypes.data, packed.ctypes.data
+    for y in range(0, size, GROUP):
+        for r in range(min(GROUP, size - y)):
+            _combine_rows(
+                origin + first[0, y + r] * pitch,
+                pitch,
+                num_columns * NUM_CHANNELS,
+                weights[0, y + r, : count[0, y + r]],
+                combined + r * 4 * NUM_CHANNELS,
+            )
+        _combine_columns(combined, first[1], count[1], weights[1], size, flip, target + 4 * y * size)
 
 
-@njit(nogil=True, cache=True)
-def _combine_rows(flat, top, num_rows, weights, begin, length, row):
-    """row[k] = Σ_t weights[t] · flat[top + t, begin + k], contiguous in k so that it is vectorised."""
-    source = flat[top, begin : begin + length]
-    weight = weights[0]
-    for k in range(length):
-        row[k] = weight * np.float32(source[k])
-    for t in range(1, num_rows):
-        source = flat[top + t, begin : begin + length]
-        weight = weights[t]
-        for k in range(length):
-            row[k] += weight * np.float32(source[k])
+@njit(nogil=True)
+def _combine_rows(source, pitch, length, weights, target):
+    """Σ_t weights[t] · row t, `length` numbers, pixel by pixel into the columns at `target`."""
+    for k in range(0, length, 32):
+        a, b = splat(ZERO), splat(ZERO)
+        at = source + k
+        for t in range(weights.size):
+            weight = splat(weights[t])
+            a = multiply_add(load_bytes(at), weight, a)
+            b = multiply_add(load_bytes(at + 16), weight, b)
+            at += pitch
+        store_quarters(target + k * 16, COLUMN, a)
+        store_quarters(target + k * 16 + 4 * COLUMN, COLUMN, b)
+
+
+@njit(nogil=True)
+def _combine_columns(columns, first, count, weights, size, flip, target):
+    """Σ_t weights[x, t] · column first[x] + t, for each x: a pixel of each of four rows of `size` words."""
+    for x in range(size):
+        pixels = splat(HALF)  # half a level, so that truncation rounds
+        at = columns + first[x] * COLUMN
+        for t in range(count[x]):
+            pixels = multiply_add(load(at), splat(weights[x, t]), pixels)
+            at += COLUMN
+        store_quarters_as_bytes(target + 4 * (size - 1 - x if flip else x), 4 * size, pixels)
+
+
+@njit(nogil=True)
+def unpack(packed, out):
+    """Words of RGBX, uint32 [≥ S · S], to bytes of RGB, uint8 [3 · S · S]."""
+    num_pixels = out.size // 3
+    source, target = packed.ctypes.data, out.ctypes.data
+    if num_pixels < NUM_LANES:
+        for i in range(num_pixels):
+            out[3 * i] = packed[i] & 0xFF
+            out[3 * i + 1] = (packed[i] >> 8) & 0xFF
+            out[3 * i + 2] = (packed[i] >> 16) & 0xFF
+        return
+    for i in range(0, num_pixels, NUM_LANES):
+        at = min(i, num_pixels - NUM_LANES)  # the last ones overlap those before, rather than the end
+        drop_fourth_bytes(target + 3 * at, source + 4 * at)

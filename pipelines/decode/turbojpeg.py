@@ -14,14 +14,15 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
+from numpy.typing import NDArray
 
 PIXEL_FORMAT_RGBX = 2  # TJPF_RGBX
-HARMLESS_WARNING = "extraneous bytes before marker 0xd9"
-"""Junk before the end-of-image marker: every pixel was decoded, and nothing can have gone wrong after it.
-(libjpeg-turbo remembers the first warning alone, so junk before any other marker may hide worse damage.)"""
+_JUNK_AT_THE_END = "extraneous bytes before marker 0xd9"
+_RESTART_INTERVAL = b"\xff\xdd\x00\x04"  # begins the segment that announces restart markers
 NUM_CHANNELS = 4  # of RGBX: four bytes a pixel keep the resampler's vectors aligned
 
 
@@ -76,6 +77,16 @@ class Decompressor:
         if self.handle:
             library().tjDestroy(self.handle)
             self.handle = 0
+
+
+def is_harmless(warning: str, jpeg: bytes | NDArray[np.uint8]) -> bool:
+    """Whether every pixel was decoded although libjpeg-turbo complained: there was only junk before the end's marker.
+
+    It remembers the first warning alone, and nothing can have gone wrong after this one; junk before any other marker
+    may hide worse damage. So may this one where there are restart markers: the decoder goes on to the next of them, or
+    to the end, with gray in the place of what is missing.
+    """
+    return _JUNK_AT_THE_END in warning and _RESTART_INTERVAL not in bytes(jpeg)
 
 
 def _address(name: str) -> int:

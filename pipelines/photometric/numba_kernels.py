@@ -2,39 +2,57 @@
 
 The same definition as `pipelines.photometric.reference`, in float32, on three contiguous colour planes that stay in
 the cache from the first operation to the last. Loops run over whole planes without branches, so that LLVM vectorises
-them.
+them. What only the study of single transformations uses is in `pipelines.photometric.numba_study`.
 
 Legend: S the side; planes are float32 [3, S·S] in [0, 1].
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
+
 import numpy as np
 from numba import njit
+from numpy.typing import NDArray
 
-from pipelines.params import BRIGHTNESS, CONTRAST, HUE, SATURATION
+from pipelines.compiled import source_hash
+from pipelines.params import BRIGHTNESS, CONTRAST, HUE, SATURATION, ViewParams
+from pipelines.photometric.numba_study import rotate_plane, study
+from pipelines.simd import NUM_LANES, load, multiply_add, splat, store
+
+SOURCES = (
+    "pipelines.photometric.numba_kernels",
+    "pipelines.photometric.numba_study",
+    "pipelines.simd",
+    "pipelines.rng",
+)
+"""The modules whose code is compiled into the chain."""
 
 RED_LUMA, GREEN_LUMA, BLUE_LUMA = np.float32(0.2989), np.float32(0.587), np.float32(0.114)
-ZERO, ONE, LEVELS = np.float32(0.0), np.float32(1.0), np.float32(255.0)
+ZERO, ONE, UNIT = np.float32(0.0), np.float32(1.0), np.float32(1 / 255)
+FLOAT = 4  # bytes
+NEGLIGIBLE = 1e-7  # share of a Gaussian's weight that float32 sums do not notice
 
 
-@njit(nogil=True, cache=True)
-def photometric_image(crop, view, kernel_size, mean, std, planes, spare, out):
-    """Jitter → gray → blur → solarize → normalise one image.
+@njit(nogil=True)
+def photometric_planes(planes, spare, view, kernel_size, mean, std, out):
+    """Rotate → jitter → gray → blur → solarize → sobel → noise → cutout → normalise one image.
 
     Args:
-        crop: uint8 [S, S, 3].
+        planes: float32 [3, S·S] in [0, 1]; overwritten.
+        spare: float32 scratch [S·S].
         view: one `VIEW_PARAMS` record.
         kernel_size: of the blur, odd.
         mean: float32 [3].
         std: float32 [3].
-        planes: float32 scratch [3, S·S].
-        spare: float32 scratch [S·S].
         out: float32 [S, S, 3]; written.
     """
-    size = crop.shape[0]
+    size = out.shape[0]
     red, green, blue = planes[0], planes[1], planes[2]
-    _load(crop.reshape(-1), red, green, blue)
+    if view.quarter_turns:
+        for c in range(3):
+            rotate_plane(planes[c], size, view.quarter_turns, spare)
     for step in range(4):
         op = view.jitter_order[step]
         if op == BRIGHTNESS:
@@ -45,20 +63,41 @@ def photometric_image(crop, view, kernel_size, mean, std, planes, spare, out):
             _saturation(planes, view.jitter_factor[op])
         elif op == HUE:
             _hue(planes, view.jitter_factor[op])
-    if view.gray:
-        _grayscale(planes)
+    if view.gray:  # one plane from here on, under three names
+        _grayscale(red, green, blue)
+        green, blue = red, red
     if view.blur_sigma > ZERO and kernel_size > 1:
         weights = _gaussian(view.blur_sigma, kernel_size)
-        for c in range(3):
-            _blur_plane(planes[c], spare, size, weights)
+        # Each plane goes into one that is no longer needed.
+        if view.gray:
+            _blur(red, size, weights, spare)
+            red, green, blue = spare, spare, spare
+        else:
+            _blur(blue, size, weights, spare)
+            _blur(green, size, weights, blue)
+            _blur(red, size, weights, green)
+            red, green, blue = green, blue, spare
     if view.solarize_threshold <= ONE:
-        _solarize(planes, view.solarize_threshold)
-    _store(red, green, blue, mean, std, out.reshape(-1))
+        _solarize(red, view.solarize_threshold)
+        if not view.gray:
+            _solarize(green, view.solarize_threshold)
+            _solarize(blue, view.solarize_threshold)
+    if view.sobel or view.noise_std > ZERO or view.cutout_height > 0:
+        _store(red, green, blue, np.zeros(3, np.float32), np.ones(3, np.float32), out.reshape(-1))
+        study(out, view, mean, std, planes[0])
+    else:
+        _store(red, green, blue, mean, std, out.reshape(-1))
 
 
-@njit(nogil=True, cache=True)
-def photometric_batch(crops, params, kernel_size, mean, std, out):
-    """The chain over a batch, on the calling thread.
+def photometric_batch(
+    crops: NDArray[np.uint8],
+    params: ViewParams,
+    kernel_size: int,
+    mean: NDArray[np.float32],
+    std: NDArray[np.float32],
+    out: NDArray[np.float32],
+) -> None:
+    """The chain over a batch, on the calling thread; other threads may run meanwhile.
 
     Args:
         crops: uint8 [N, S, S, 3], contiguous.
@@ -68,41 +107,67 @@ def photometric_batch(crops, params, kernel_size, mean, std, out):
         std: float32 [3].
         out: float32 [N, S, S, 3], contiguous; written.
     """
-    num_pixels = crops.shape[1] * crops.shape[2]
-    planes, spare = np.empty((3, num_pixels), np.float32), np.empty(num_pixels, np.float32)
-    for i in range(crops.shape[0]):
-        photometric_image(crops[i], params[i], kernel_size, mean, std, planes, spare, out[i])
+    batch_kernel()(crops, params, kernel_size, mean, std, out)
 
 
-@njit(nogil=True, cache=True)
-def _load(pixels, red, green, blue):
+@cache
+def batch_kernel() -> Callable[..., None]:
+    """The compiled loop of `photometric_batch`."""
+    version = source_hash(*SOURCES)
+
+    @njit(nogil=True, cache=True)
+    def run(crops, params, kernel_size, mean, std, out):
+        _ = version  # in the closure, and so in the key of Numba's cache
+        num_pixels = crops.shape[1] * crops.shape[2]
+        planes, spare = np.empty((3, num_pixels), np.float32), np.empty(num_pixels, np.float32)
+        for i in range(crops.shape[0]):
+            _load_bytes(crops[i].reshape(-1), planes)
+            photometric_planes(planes, spare, params[i], kernel_size, mean, std, out[i])
+
+    return run  # type: ignore[no-any-return]
+
+
+@njit(nogil=True)
+def load_words(words, planes):
+    """RGBX words, uint32 [≥ S·S], to planes, float32 [≥ 3, S·S]."""
+    red, green, blue = planes[0], planes[1], planes[2]
     for i in range(red.size):
-        red[i] = np.float32(pixels[3 * i]) / LEVELS
-        green[i] = np.float32(pixels[3 * i + 1]) / LEVELS
-        blue[i] = np.float32(pixels[3 * i + 2]) / LEVELS
+        word = words[i]
+        red[i] = np.float32(np.int32(word & np.uint32(0xFF))) * UNIT
+        green[i] = np.float32(np.int32((word >> np.uint32(8)) & np.uint32(0xFF))) * UNIT
+        blue[i] = np.float32(np.int32((word >> np.uint32(16)) & np.uint32(0xFF))) * UNIT
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
+def _load_bytes(pixels, planes):
+    red, green, blue = planes[0], planes[1], planes[2]
+    for i in range(red.size):
+        red[i] = np.float32(pixels[3 * i]) * UNIT
+        green[i] = np.float32(pixels[3 * i + 1]) * UNIT
+        blue[i] = np.float32(pixels[3 * i + 2]) * UNIT
+
+
+@njit(nogil=True)
 def _store(red, green, blue, mean, std, pixels):
+    red_scale, green_scale, blue_scale = ONE / std[0], ONE / std[1], ONE / std[2]
     red_mean, green_mean, blue_mean = mean[0], mean[1], mean[2]
-    red_std, green_std, blue_std = std[0], std[1], std[2]
     for i in range(red.size):
-        pixels[3 * i] = (red[i] - red_mean) / red_std
-        pixels[3 * i + 1] = (green[i] - green_mean) / green_std
-        pixels[3 * i + 2] = (blue[i] - blue_mean) / blue_std
+        pixels[3 * i] = (red[i] - red_mean) * red_scale
+        pixels[3 * i + 1] = (green[i] - green_mean) * green_scale
+        pixels[3 * i + 2] = (blue[i] - blue_mean) * blue_scale
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _clip(x):
     return min(max(x, ZERO), ONE)
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _luma(red, green, blue):
     return RED_LUMA * red + GREEN_LUMA * green + BLUE_LUMA * blue
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _brightness(planes, factor):
     for c in range(3):
         plane = planes[c]
@@ -110,7 +175,7 @@ def _brightness(planes, factor):
             plane[i] = _clip(factor * plane[i])
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _contrast(planes, factor):
     shift = (ONE - factor) * np.float32(_luma_sum(planes[0], planes[1], planes[2]) / planes[0].size)
     for c in range(3):
@@ -119,7 +184,7 @@ def _contrast(planes, factor):
             plane[i] = _clip(factor * plane[i] + shift)
 
 
-@njit(nogil=True, cache=True, fastmath={"reassoc"})
+@njit(nogil=True, fastmath={"reassoc"})
 def _luma_sum(red, green, blue):
     """In float64, in the order that suits the processor's vectors."""
     total = 0.0
@@ -128,7 +193,7 @@ def _luma_sum(red, green, blue):
     return total
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _saturation(planes, factor):
     red, green, blue = planes[0], planes[1], planes[2]
     rest = ONE - factor
@@ -139,7 +204,7 @@ def _saturation(planes, factor):
         blue[i] = _clip(factor * blue[i] + gray)
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _hue(planes, shift):
     red, green, blue = planes[0], planes[1], planes[2]
     turn = np.float32(6.0) * shift
@@ -159,70 +224,77 @@ def _hue(planes, shift):
         blue[i] = high - spread * _falloff(sixths + ONE)
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _falloff(k):
     """How far a channel is below the brightest one, as a share of the spread, at `k` sixths of the circle."""
     k -= np.float32(6.0) * np.floor(k * np.float32(1.0 / 6.0))
     return min(max(min(k, np.float32(4.0) - k), ZERO), ONE)
 
 
-@njit(nogil=True, cache=True)
-def _grayscale(planes):
-    red, green, blue = planes[0], planes[1], planes[2]
+@njit(nogil=True)
+def _grayscale(red, green, blue):
+    """Luma, into `red`."""
     for i in range(red.size):
-        gray = _luma(red[i], green[i], blue[i])
-        red[i] = gray
-        green[i] = gray
-        blue[i] = gray
+        red[i] = _luma(red[i], green[i], blue[i])
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _gaussian(sigma, kernel_size):
-    weights = np.empty(kernel_size, np.float32)
+    """Weights of the kernel, less its ends where they are below float32's resolution."""
     radius = kernel_size // 2
+    weights = np.empty(kernel_size, np.float32)
     total = 0.0
     for t in range(kernel_size):
         weights[t] = np.exp(-0.5 * ((t - radius) / sigma) ** 2)
         total += weights[t]
-    for t in range(kernel_size):
-        weights[t] /= np.float32(total)
-    return weights
+    first, ends = 0, 2.0 * weights[0]
+    while first < radius and ends < NEGLIGIBLE * total:
+        total -= 2.0 * weights[first]
+        first += 1
+        ends += 2.0 * weights[first]
+    kept = weights[first : kernel_size - first]
+    for t in range(kept.size):
+        kept[t] /= np.float32(total)
+    return kept
 
 
-@njit(nogil=True, cache=True)
-def _blur_plane(plane, spare, size, weights):
-    """Blur along rows into `spare`, then along columns back; the border reflects (without repeating the edge)."""
+@njit(nogil=True)
+def _blur(plane, size, weights, out):
+    """Blur along columns into a row, then along the row; the border reflects (without repeating the edge)."""
     radius = weights.size // 2
+    row = np.empty(size + 2 * radius, np.float32)
+    source, target, buffer = plane.ctypes.data, out.ctypes.data, row.ctypes.data
+    pitch = size * FLOAT
+    above_and_below, left_and_right = np.empty(weights.size, np.intp), np.empty(weights.size, np.intp)
+    for t in range(weights.size):
+        left_and_right[t] = buffer + t * FLOAT
     for y in range(size):
-        source = plane[y * size : (y + 1) * size]
-        target = spare[y * size : (y + 1) * size]
-        target[:] = ZERO
         for t in range(weights.size):
-            weight, shift = weights[t], t - radius
-            low, high = max(0, -shift), min(size, size - shift)
-            for x in range(low):
-                target[x] += weight * source[-(x + shift)]
-            inner = source[low + shift : high + shift]
-            middle = target[low:high]
-            for x in range(high - low):
-                middle[x] += weight * inner[x]
-            for x in range(high, size):
-                target[x] += weight * source[2 * (size - 1) - (x + shift)]
-    for y in range(size):
-        target = plane[y * size : (y + 1) * size]
-        target[:] = ZERO
-        for t in range(weights.size):
-            row = abs(y + t - radius)
-            row = min(row, 2 * (size - 1) - row)
-            source = spare[row * size : (row + 1) * size]
-            weight = weights[t]
-            for x in range(size):
-                target[x] += weight * source[x]
+            other = abs(y + t - radius)
+            above_and_below[t] = source + min(other, 2 * (size - 1) - other) * pitch
+        _weighted_sum(above_and_below, weights, size, buffer + radius * FLOAT)
+        for x in range(1, radius + 1):
+            row[radius - x] = row[radius + x]
+            row[radius + size - 1 + x] = row[radius + size - 1 - x]
+        _weighted_sum(left_and_right, weights, size, target + y * pitch)
 
 
-@njit(nogil=True, cache=True)
-def _solarize(planes, threshold):
-    for c in range(3):
-        plane = planes[c]
-        for i in range(plane.size):
-            plane[i] = ONE - plane[i] if plane[i] >= threshold else plane[i]
+@njit(nogil=True)
+def _weighted_sum(rows, weights, size, target):
+    """Σ_t weights[t] · the row at address rows[t], into the row at `target`; `size` numbers, NUM_LANES or more."""
+    last = (size - NUM_LANES) * FLOAT  # the last vector overlaps the one before, rather than the row's end
+    for x in range(0, size * FLOAT, 2 * NUM_LANES * FLOAT):
+        here, there = min(x, last), min(x + NUM_LANES * FLOAT, last)
+        a, b = splat(ZERO), splat(ZERO)
+        for t in range(weights.size):
+            weight = splat(weights[t])
+            a = multiply_add(load(rows[t] + here), weight, a)
+            b = multiply_add(load(rows[t] + there), weight, b)
+        store(target + here, a)
+        store(target + there, b)
+
+
+@njit(nogil=True)
+def _solarize(plane, threshold):
+    for i in range(plane.size):
+        plane[i] = ONE - plane[i] if plane[i] >= threshold else plane[i]

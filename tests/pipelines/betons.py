@@ -24,11 +24,11 @@ def natural_image(width, height, seed):
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
 
 
-def make_beton(folder: Path, sizes, *, encode="jpeg", num_classes=2):
+def make_beton(folder: Path, sizes, *, encode="jpeg", num_classes=2, max_side=500):
     """A `.beton` of natural images of the given (width, height), in order, labelled by equal runs of samples."""
     for i, (width, height) in enumerate(sizes):
         path = folder / "images" / f"class{i * num_classes // len(sizes)}" / f"{i:04d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         natural_image(width, height, i).save(path)
-    convert(folder / "images", folder / "set.beton", EncodeOptions(encode=encode), workers=1)
+    convert(folder / "images", folder / "set.beton", EncodeOptions(encode=encode, max_side=max_side), workers=1)
     return open_beton(folder / "set.beton")

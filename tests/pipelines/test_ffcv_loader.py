@@ -1,10 +1,9 @@
 """The loader: the same views on any number of ranks and threads, from any start; bad samples by name."""
 
-import hashlib
+import inspect
 import io
 import logging
 import threading
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,11 +13,15 @@ from torchvision.transforms.v2 import functional as F
 
 from pipelines.augment import AugmentConfig, build_recipe, center_recipe
 from pipelines.beton import open_beton
+from pipelines.compiled import source_hash
+from pipelines.decode.kernel import SOURCES as KERNEL_SOURCES
 from pipelines.decode.kernel import render_kernel
 from pipelines.ffcv_loader import FFCVLoader
 from pipelines.order import epoch_order
 from pipelines.params import draw_views
 from pipelines.photometric import reference
+from pipelines.photometric.numba_kernels import SOURCES as CHAIN_SOURCES
+from pipelines.photometric.numba_kernels import batch_kernel
 from pipelines.recipe import Recipe, ViewRecipe
 from tests.pipelines.betons import make_beton, natural_image
 
@@ -100,14 +103,23 @@ def test_a_batch_is_decode_crop_and_chain_by_others(make_loader, beton):
         assert difference.max() < 5 / 255
 
 
-def test_a_gpu_batch_holds_the_same_views_as_a_cpu_batch(make_loader, beton, monkeypatch):
-    # The way of a GPU, on the CPU: uint8 crops from the threads, the chain in torch afterwards.
-    ours = make_loader()
-    monkeypatch.setattr(ours, "_coloring", None)
-    monkeypatch.setattr("torch.empty", lambda *a, pin_memory=False, _empty=torch.empty, **k: _empty(*a, **k))
-    for a, b in zip(ours.epoch(0), make_loader().epoch(0), strict=True):
-        for x, y in zip(a.views, b.views, strict=True):
-            torch.testing.assert_close(x, y, rtol=0, atol=2e-5)
+@pytest.mark.parametrize("recipe", ["simclr", "dino"])
+@pytest.mark.parametrize("encode", ["jpeg", "raw"])
+def test_the_way_of_a_gpu_holds_the_same_views_as_a_cpu_batch(make_loader, tmp_path, recipe, encode):
+    # Whole images from the threads; crops and colours on the device, which is the CPU here.
+    data = make_beton(tmp_path, SIZES, encode=encode)
+    recipe = build_recipe(AugmentConfig(recipe=recipe, size=32, local_size=24, local_views=2))
+    crops = make_loader(recipe, data, output="crops")
+    on_device = make_loader(recipe, data, output="crops", geometry="device")
+    colored = make_loader(recipe, data, geometry="device")
+    for a, b, c, d in zip(*(x.epoch(0) for x in (crops, on_device, colored, make_loader(recipe, data))), strict=True):
+        for crop, other, view, expected in zip(a.views, b.views, c.views, d.views, strict=True):
+            assert crop.dtype == other.dtype == torch.uint8
+            assert (crop.int() - other.int()).abs().max() <= 1
+            assert ((crop.int() - other.int()) != 0).double().mean() < 5e-3  # ties
+            assert (view - expected).abs().mean() < 1e-3
+        assert (c.sample_indices == d.sample_indices).all()
+        assert (c.labels == d.labels).all()
 
 
 def test_raw_and_jpeg_betons_draw_the_same_windows(make_loader, beton, tmp_path):
@@ -227,6 +239,29 @@ def test_a_sample_that_cannot_be_decoded_is_named_counted_and_replaced(make_load
     assert torch.equal(stand_ins[0], stand_ins[1])
 
 
+@pytest.mark.parametrize("target", [{}, {"output": "crops", "geometry": "device"}])
+def test_a_jpeg_cut_off_and_closed_again_is_refused_though_its_restart_markers_help_the_decoder_on(
+    make_loader, beton, tmp_path, target
+):
+    data = bytearray(beton.path.read_bytes())
+    start, size = int(beton.offsets[13]), int(beton.sizes[13])
+    data[start + size // 2 : start + size] = bytes(size - size // 2 - 2) + b"\xff\xd9"
+    path = tmp_path / "cut.beton"
+    path.write_bytes(data)
+    whole = Recipe(views=(ViewRecipe(size=32, crop="whole"),))
+    with pytest.raises(ValueError, match=r"sample 13 .*cannot be decoded"):
+        list(make_loader(whole, open_beton(path), **target).epoch(0))
+
+
+def test_an_error_is_raised_in_its_batchs_turn(make_loader, beton, tmp_path):
+    loader = make_loader(data=damage(beton, 13, tmp_path), training=False, num_threads=1)
+    batches = loader.epoch(0)
+    good = next(batches)
+    assert good.sample_indices.tolist() == list(range(8))
+    with pytest.raises(ValueError, match="sample 13"):
+        next(batches)
+
+
 def test_a_file_of_bad_samples_stops_even_when_skipping(make_loader, tmp_path):
     raw = natural_image(8, 8, 0)
     folder = tmp_path / "bad"
@@ -308,10 +343,23 @@ def test_sets_of_one_shape_are_told_apart(make_loader, tmp_path):
 
 
 def test_compiled_kernels_follow_the_code_that_is_inlined_into_them():
-    # Numba's cache on disk knows only a kernel's own file; the others' content is in the kernel's closure.
-    from pipelines.decode import resample, turbojpeg
-    from pipelines.photometric import numba_kernels
+    # Numba's cache on disk knows only a kernel's own file; the others' content is in the kernel's closure. Every module
+    # of ours whose functions the machine code was made from must be among them.
+    render = render_kernel()
+    batch = batch_kernel()
+    for kernel, sources in ((render, KERNEL_SOURCES), (batch, CHAIN_SOURCES)):
+        assert source_hash(*sources) in [cell.cell_contents for cell in kernel.py_func.__closure__]
+        assert compiled_modules(kernel.py_func) <= set(sources)
 
-    sources = [Path(module.__file__).read_bytes() for module in (turbojpeg, resample, numba_kernels)]
-    cells = [cell.cell_contents for cell in render_kernel().py_func.__closure__]
-    assert hashlib.sha256(b"".join(sources)).hexdigest() in cells
+
+def compiled_modules(function):
+    """The modules of all compiled functions that `function` calls, directly or through others."""
+    seen, waiting = set(), [function]
+    while waiting:
+        used = inspect.getclosurevars(waiting.pop())
+        for value in (*used.globals.values(), *used.nonlocals.values()):
+            callee = getattr(value, "py_func", None) or getattr(value, "_defn", None)
+            if callee is not None and callee not in seen:
+                seen.add(callee)
+                waiting.append(callee)
+    return {callee.__module__ for callee in seen}

@@ -5,7 +5,8 @@ import pytest
 
 from pipelines.augment import AugmentConfig, build_recipe, center_recipe
 from pipelines.order import epoch_order, rank_rows
-from pipelines.params import BRIGHTNESS, CONTRAST, HUE, NO_OP, SATURATION, draw_views
+from pipelines.params import BRIGHTNESS, CONTRAST, HUE, NO_OP, SATURATION, VIEW_PARAMS, draw_views
+from pipelines.params_reference import draw_views_reference
 from pipelines.recipe import Recipe, ViewRecipe
 
 NUM = 40_000
@@ -164,3 +165,37 @@ def test_a_bad_recipe_is_refused_by_field(field, value, message):
 @pytest.mark.parametrize(("size", "kernel"), [(224, 23), (96, 9), (32, 3), (10, 1)])
 def test_the_blur_kernel_is_a_tenth_of_the_side_made_odd(size, kernel):
     assert ViewRecipe(size=size).blur_kernel == kernel
+
+
+RECIPES = {
+    "simclr": {},
+    "cifar": {"size": 32, "color_strength": 0.5, "blur_prob": 0.0},
+    "strong": {"color_strength": 2.5, "crop_area": (0.5, 0.6)},
+    "byol": {"recipe": "byol"},
+    "dino": {"recipe": "dino"},
+    "study": {
+        "recipe": "one_branch",
+        "branch_transformations": ("crop", "cutout", "color", "sobel", "noise", "blur", "rotate"),
+    },
+}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize(("width", "height"), [(500, 375), (31, 500), (20_000, 300), (1, 1), (3, 2)])
+def test_the_compiled_draws_are_the_definition_bit_by_bit(name, width, height):
+    recipe = build_recipe(AugmentConfig(**RECIPES[name]))
+    samples = np.arange(3, 20_000, 7)
+    sizes = np.full(len(samples), width, np.int32), np.full(len(samples), height, np.int32)
+    compiled = draw_views(recipe, 2**63 - 5, 41, samples, *sizes)
+    defined = draw_views_reference(recipe, 2**63 - 5, 41, samples, *sizes)
+    for field in VIEW_PARAMS.names:
+        np.testing.assert_array_equal(compiled[field], defined[field], err_msg=field)
+
+
+def test_a_centre_crop_is_compiled_as_defined():
+    recipe = center_recipe(AugmentConfig())
+    sizes = np.array([500, 333, 7], np.int32), np.array([375, 500, 8], np.int32)
+    compiled = draw_views(recipe, 0, 0, np.arange(3), *sizes)
+    assert (compiled == draw_views_reference(recipe, 0, 0, np.arange(3), *sizes)).all()
+    assert compiled["top"][:, 0].tolist() == [0, 83, 0]
+    assert compiled["left"][:, 0].tolist() == [62, 0, 0]

@@ -9,11 +9,11 @@ from torchvision.transforms.v2 import functional as F
 
 from pipelines.params import BRIGHTNESS, CONTRAST, HUE, NO_OP, SATURATION, VIEW_PARAMS
 from pipelines.photometric import reference
-from pipelines.photometric.numba_kernels import photometric_image
+from pipelines.photometric.numba_kernels import photometric_batch
 from pipelines.recipe import Recipe, ViewRecipe
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-EVERYTHING = {"jitter_prob": 1.0, "gray_prob": 1.0, "blur_prob": 1.0, "solarize_prob": 1.0}
+EVERYTHING = {f"{op}_prob": 1.0 for op in ("rotate", "jitter", "gray", "blur", "solarize", "sobel", "noise", "cutout")}
 TORCHVISION = {
     BRIGHTNESS: F.adjust_brightness,
     CONTRAST: F.adjust_contrast,
@@ -43,11 +43,8 @@ def params(num, order=(NO_OP,) * 4, factor=(1.0, 1.0, 1.0, 0.0), gray=False, sig
 def numba_chain(images_u8, p, view, recipe):
     num, _, size, _ = images_u8.shape
     out = np.empty((num, size, size, 3), np.float32)
-    planes, spare = np.empty((3, size * size), np.float32), np.empty(size * size, np.float32)
     mean, std = np.array(recipe.mean, np.float32), np.array(recipe.std, np.float32)
-    crops = images_u8.permute(0, 2, 3, 1).contiguous().numpy()
-    for i in range(num):
-        photometric_image(crops[i], p[i], view.blur_kernel, mean, std, planes, spare, out[i])
+    photometric_batch(images_u8.permute(0, 2, 3, 1).contiguous().numpy(), p, view.blur_kernel, mean, std, out)
     return torch.from_numpy(out).permute(0, 3, 1, 2)
 
 
@@ -92,7 +89,7 @@ def test_gray_is_torchvisions():
     torch.testing.assert_close(numba, expected, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("size", [32, 41, 224])
+@pytest.mark.parametrize("size", [20, 32, 41, 224])
 @pytest.mark.parametrize("sigma", [0.1, 0.7, 2.0])
 def test_blur_is_torchvisions(size, sigma):
     x = images(size=size)
@@ -101,6 +98,39 @@ def test_blur_is_torchvisions(size, sigma):
     expected = F.gaussian_blur(x.double() / 255, [kernel, kernel], [float(np.float32(sigma))] * 2)
     torch.testing.assert_close(exact, expected, rtol=0, atol=1e-9)
     torch.testing.assert_close(numba, expected, rtol=0, atol=2e-6)
+
+
+def test_gray_blur_and_solarize_one_after_the_other_are_torchvisions():
+    x = images()
+    numba, exact = both(x, params(4, gray=True, sigma=1.1, threshold=0.4))
+    expected = F.rgb_to_grayscale(x.double() / 255, num_output_channels=3)
+    expected = F.solarize(F.gaussian_blur(expected, [5, 5], [float(np.float32(1.1))] * 2), float(np.float32(0.4)))
+    torch.testing.assert_close(exact, expected, rtol=0, atol=1e-9)
+    torch.testing.assert_close(numba, expected, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("turns", [1, 2, 3])
+def test_rotation_is_torchs(turns):
+    x, p = images(), params(4)
+    p["quarter_turns"] = turns
+    numba, exact = both(x, p)
+    expected = torch.rot90(x.double() / 255, turns, (-2, -1))
+    torch.testing.assert_close(exact, expected, rtol=0, atol=1e-12)
+    torch.testing.assert_close(numba, expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("gray", [False, True])
+def test_sobel_noise_and_cutout_after_one_another_agree(gray):
+    x, p = images(size=40), params(4, gray=gray, sigma=0.8, threshold=0.6)
+    p["sobel"] = [True, False, True, False]
+    p["noise_std"] = [0.0, 0.3, 0.1, 0.0]
+    p["noise_key"] = np.arange(4) * 2**61 + 12345
+    p["cutout_top"], p["cutout_left"], p["cutout_height"], p["cutout_width"] = 3, [0, 5, 20, 10], [20, 0, 7, 37], 20
+    recipe = Recipe(views=(ViewRecipe(size=40),), mean=IMAGENET_MEAN, std=IMAGENET_STD)
+    numba, exact = both(x, p, recipe)
+    torch.testing.assert_close(numba, exact, rtol=0, atol=3e-5)
+    assert (numba[0, :, 3:23, :20].abs() < 1e-6).all()  # cut out: the mean, which is 0 once normalised
+    assert (numba[0, :, 23:, 20:].std() > 0.1).all()
 
 
 def test_solarize_is_torchvisions():

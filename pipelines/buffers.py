@@ -1,0 +1,64 @@
+"""Host memory for batches, used again once nobody holds a tensor of it.
+
+Fresh memory costs a page fault for every 4 KiB: 294 an image for two views of 224² in float32, a quarter of the time
+that it takes to decode and augment the image. A batch that somebody keeps is never overwritten.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import psutil
+import torch
+from numpy.typing import DTypeLike, NDArray
+from torch import Tensor
+
+_IDLE = 2  # references to an array that no tensor shares: the list's, and that of the call which counts them
+
+
+class HostBuffers:
+    """Hands out flat tensors.
+
+    Args:
+        dtype: of the numbers.
+        pinned: page-locked, for copies to a GPU; torch keeps those itself for the next use.
+    """
+
+    def __init__(self, dtype: DTypeLike, *, pinned: bool) -> None:
+        self._dtype, self._pinned = np.dtype(dtype), pinned
+        self._arrays: list[NDArray[np.generic]] = []
+
+    def take(self, size: int) -> Tensor:
+        """A tensor [size] of arbitrary content, which no living tensor overlaps."""
+        if self._pinned:
+            return torch.empty(size, dtype=getattr(torch, self._dtype.name), pin_memory=True)
+        idle = [i for i in range(len(self._arrays)) if sys.getrefcount(self._arrays[i]) == _IDLE]
+        for i in idle:
+            if self._arrays[i].size >= size:
+                return torch.from_numpy(self._arrays[i])[:size]
+        for i in reversed(idle):
+            del self._arrays[i]
+        self._arrays.append(np.empty(size, self._dtype))
+        return torch.from_numpy(self._arrays[-1])
+
+
+def check_host_memory(num_bytes: int, what: str, remedy: str) -> None:
+    """Refuse what cannot fit into this machine's free memory.
+
+    Raises:
+        ValueError: it cannot; one line.
+    """
+    free = free_host_memory()
+    if num_bytes > free:
+        raise ValueError(f"{what} need {num_bytes / 1e9:.0f} GB of memory, {free / 1e9:.0f} GB are free; {remedy}")
+
+
+def free_host_memory() -> int:
+    """Bytes that this process can still take, by the machine's memory and by its control group's limit."""
+    free = int(psutil.virtual_memory().available)
+    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    if limit.is_file() and used.is_file() and (most := limit.read_text().strip()) != "max":
+        free = min(free, max(0, int(most) - int(used.read_text())))
+    return free

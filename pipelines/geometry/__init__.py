@@ -1,0 +1,1 @@
+"""Crop and resize on the device, for images that lie there decoded."""
