@@ -1,0 +1,261 @@
+"""The loader for sets that fit into the device's memory: decoded once, when it is made, and nothing is loaded after.
+
+All pixels lie in one uint8 tensor on the device. A batch is a set of offsets into it: windows are cut and resized where
+the pixels lie, and coloured there. What travels in a step is the drawn parameters, and the host never waits for the
+device. CIFAR-10 takes 150 MB so; photographs take three bytes a pixel, ten times their JPEGs. A set that does not fit
+is refused before anything is allocated.
+
+Views are those of `FFCVLoader`: the same windows and factors, crops equal to within one level of 255.
+
+Legend: M images of the set, N images of a batch.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from pipelines.bad_samples import BadSamples, OnError, bad_samples_of
+from pipelines.batch import Batch
+from pipelines.beton import MODE_RAW, Beton
+from pipelines.decode.turbojpeg import Decompressor, is_harmless, library
+from pipelines.geometry.crop_resize import PackedImages, crop_resize
+from pipelines.params import draw_views
+from pipelines.photometric.chain import photometric_chain
+from pipelines.photometric.reference import to_device
+from pipelines.plan import BatchPlan, beton_fingerprint
+from pipelines.recipe import Recipe
+
+BLOCK_BYTES = 2**26  # decoded on the host at a time, then copied: the host need not hold the set
+SAMPLES_PER_CHUNK = 64  # that a thread takes at a time
+PIXEL_FORMAT_RGB = 0  # TJPF_RGB
+GIB = 2**30
+
+
+class ResidentLoader:
+    """Yields batches of views from pixels that lie on the device; implements `pipelines.batch.Loader`.
+
+    Args:
+        beton: the open file; all of it is decoded here.
+        recipe: of the views.
+        seed: of the order and of every view.
+        global_batch_size: images over all ranks; divisible by `world_size` when training.
+        rank: of this process.
+        world_size: number of ranks; each holds the whole set.
+        device: where the set and the views are.
+        dtype: of the views.
+        training: shuffle and drop the last partial global batch; else keep the file's order and every image.
+        num_threads: that decode, at the beginning.
+        on_error: `raise` stops at a sample that cannot be decoded; `skip` names it, counts it, and uses its neighbour.
+
+    Raises:
+        ValueError: the set does not fit into the device's free memory, or a sample cannot be decoded.
+    """
+
+    def __init__(
+        self,
+        beton: Beton,
+        recipe: Recipe,
+        *,
+        seed: int,
+        global_batch_size: int,
+        rank: int = 0,
+        world_size: int = 1,
+        device: torch.device | None = None,
+        dtype: torch.dtype = torch.float32,
+        training: bool = True,
+        num_threads: int = 1,
+        on_error: OnError = "raise",
+    ) -> None:
+        self.beton, self.recipe, self.seed = beton, recipe, seed
+        self.device, self.dtype = device or torch.device("cpu"), dtype
+        self._plan = BatchPlan(
+            num_samples=beton.num_samples,
+            fingerprint=beton_fingerprint(beton),
+            seed=seed,
+            global_batch_size=global_batch_size,
+            rank=rank,
+            world_size=world_size,
+            training=training,
+        )
+        self._bad_samples = bad_samples_of(beton, on_error)
+        check_memory(beton, self.device)
+        reader = _Reader(beton, self._bad_samples)
+        self._set: PackedImages | None = reader.pack(self.device, num_threads)
+        self._stand_ins = reader.stand_ins
+        labels = np.full(beton.num_samples, -1) if beton.labels is None else beton.labels
+        self._labels = torch.from_numpy(labels.copy()).to(self.device)
+
+    def __len__(self) -> int:
+        """Batches in an epoch."""
+        return len(self._plan)
+
+    @property
+    def num_skipped(self) -> int:
+        """Samples that could not be decoded; each is replaced wherever it comes up."""
+        return self._bad_samples.num_skipped
+
+    def epoch(self, epoch: int, start_batch: int = 0) -> Iterator[Batch]:
+        """The batches of one epoch from `start_batch` on."""
+        for batch in range(start_batch, len(self)):
+            made = self._make(epoch, batch)
+            self._plan.record(epoch, batch)
+            yield made
+
+    def state_dict(self) -> dict[str, Any]:
+        """Position after the last batch yielded, and what makes a resumed run the same one."""
+        return self._plan.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> tuple[int, int]:
+        """Check that `state` is of this data and order, and return its position; see `BatchPlan.load_state_dict`."""
+        return self._plan.load_state_dict(state)
+
+    def close(self) -> None:
+        """Free the device's memory."""
+        self._set = None
+
+    def _make(self, epoch: int, batch: int) -> Batch:
+        """Draw on the host; select, cut and colour on the device."""
+        if self._set is None:
+            raise RuntimeError("the loader was closed, and its images are gone; make another one")
+        samples = self._stand_ins[self._plan.samples(epoch, batch)]
+        widths, heights = self.beton.widths[samples], self.beton.heights[samples]
+        params = draw_views(self.recipe, self.seed, epoch, samples, widths, heights)
+        rows = to_device(samples, self.device)
+        images = PackedImages(
+            self._set.pixels, self._set.offsets[rows], self._set.widths[rows], self._set.heights[rows]
+        )
+        views = []
+        for v, view in enumerate(self.recipe.views):
+            crops = crop_resize(images, params[:, v], view)
+            views.append(photometric_chain(crops, params[:, v], view, self.recipe, self.dtype))
+        return Batch(views=views, labels=self._labels[rows], sample_indices=torch.from_numpy(samples), epoch=epoch)
+
+
+def check_memory(beton: Beton, device: torch.device) -> None:
+    """Refuse a set whose pixels do not fit into the device's free memory.
+
+    Raises:
+        ValueError: with what is needed and what is free.
+    """
+    needed, free = int(_ends(beton)[-1]), free_bytes(device)
+    if needed > free:
+        raise ValueError(
+            f"`data.loader: resident` must fit into {device}'s memory: the pixels of the {beton.num_samples} images of "
+            f"{beton.path} need {needed / GIB:.2f} GiB, {free / GIB:.2f} GiB are free; use another loader, or convert "
+            "with a smaller `--max-side`"
+        )
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory of a device that can still be taken; of the CPU's, as Linux estimates it."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    with open("/proc/meminfo") as file:  # noqa: PTH123
+        available = next(line for line in file if line.startswith("MemAvailable:"))
+    return int(available.split()[1]) * 1024
+
+
+class _Reader:
+    """Decodes a whole set.
+
+    Attributes:
+        stand_ins: int64 [M]; the row that is used in the place of each row, itself unless it cannot be decoded.
+    """
+
+    def __init__(self, beton: Beton, bad_samples: BadSamples) -> None:
+        self.stand_ins = np.arange(beton.num_samples)
+        self._beton, self._bad_samples = beton, bad_samples
+        self._ends = _ends(beton)
+        self._begins = np.append(0, self._ends[:-1])
+        self._reasons: dict[int, str] = {}
+
+    def pack(self, device: torch.device, num_threads: int) -> PackedImages:
+        """All images on the device, in the order of the file."""
+        pixels = torch.empty(int(self._ends[-1]), dtype=torch.uint8, device=device)
+        with ThreadPoolExecutor(num_threads, thread_name_prefix="decode") as threads:
+            begin = 0
+            while begin < self._beton.num_samples:
+                end = int(np.searchsorted(self._begins, self._begins[begin] + BLOCK_BYTES))
+                pixels[self._begins[begin] : self._ends[end - 1]] = self._decode_block(begin, end, threads)
+                begin = end
+        self._replace_bad_samples()
+        return PackedImages(
+            pixels,
+            torch.from_numpy(self._begins).to(device),
+            torch.from_numpy(self._beton.widths.copy()).to(device),
+            torch.from_numpy(self._beton.heights.copy()).to(device),
+        )
+
+    def _decode_block(self, begin: int, end: int, threads: ThreadPoolExecutor) -> Tensor:
+        """The pixels of samples [begin, end), one after the other, uint8."""
+        block = np.zeros(self._ends[end - 1] - self._begins[begin], np.uint8)
+        firsts = range(begin, end, SAMPLES_PER_CHUNK)
+        for _ in threads.map(partial(self._decode_chunk, block, begin, end), firsts):
+            pass  # an exception comes out here
+        return torch.from_numpy(block)
+
+    def _decode_chunk(self, block: NDArray[np.uint8], begin: int, end: int, first: int) -> None:
+        """Decode the samples of a block from `first` on into it, as many as a thread takes at a time."""
+        beton, origin = self._beton, self._begins[begin]
+        decompressor = Decompressor()
+        for i in range(first, min(first + SAMPLES_PER_CHUNK, end)):
+            out = block[self._begins[i] - origin : self._ends[i] - origin]
+            if beton.modes[i] == MODE_RAW:
+                out[:] = beton.encoded(i)
+            elif reason := decode_jpeg(
+                decompressor, beton.encoded(i), int(beton.widths[i]), int(beton.heights[i]), out
+            ):
+                self._reasons[i] = reason
+        decompressor.close()
+
+    def _replace_bad_samples(self) -> None:
+        """Raise, or choose the row that is used in the place of each that could not be decoded."""
+        for bad in sorted(self._reasons):
+            sample, tries = bad, 0
+            while sample in self._reasons:
+                tries += 1
+                sample = self._bad_samples.replace(sample, self._reasons[sample], tries)
+            self.stand_ins[bad] = sample
+
+
+def decode_jpeg(
+    decompressor: Decompressor, jpeg: NDArray[np.uint8], width: int, height: int, out: NDArray[np.uint8]
+) -> str | None:
+    """Decode a JPEG to RGB; other threads run meanwhile.
+
+    Args:
+        decompressor: that no other thread uses.
+        jpeg: the file, uint8 [bytes].
+        width: that it must have.
+        height: likewise.
+        out: uint8 [height · width · 3]; written.
+
+    Returns:
+        Why it could not be decoded, or None.
+    """
+    found_width, found_height, subsampling, colorspace = (ctypes.c_int() for _ in range(4))
+    source = ctypes.c_void_p(decompressor.handle), ctypes.c_void_p(jpeg.ctypes.data), ctypes.c_ulong(jpeg.size)
+    header = (ctypes.byref(number) for number in (found_width, found_height, subsampling, colorspace))
+    if library().tjDecompressHeader3(*source, *header):
+        return decompressor.last_error()
+    if (found_width.value, found_height.value) != (width, height):
+        return "its size is not the one in the file's table"
+    target = ctypes.c_void_p(out.ctypes.data)
+    if library().tjDecompress2(*source, target, width, width * 3, height, PIXEL_FORMAT_RGB, 0):
+        reason = decompressor.last_error()
+        return None if is_harmless(reason, jpeg) else reason
+    return None
+
+
+def _ends(beton: Beton) -> NDArray[np.int64]:
+    """Where each image's pixels end, bytes, int64 [M]."""
+    return np.cumsum(beton.widths.astype(np.int64) * beton.heights * 3)
