@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -51,6 +51,7 @@ class DALILoader:
         training: shuffle and drop the last partial global batch; else keep the file's order and every image.
         on_error: `raise` stops at a sample that cannot be decoded; `skip` names it, counts it, and uses its neighbour.
         photometric: `ours`: the chain of `pipelines.photometric`; `dali`: DALI's operators, with our factors.
+        output: `views`, or under photometric `ours` also `crops`: uint8, before the chain, whatever `dtype` is.
 
     Raises:
         RuntimeError: DALI is not installed.
@@ -73,6 +74,7 @@ class DALILoader:
         training: bool = True,
         on_error: OnError = "raise",
         photometric: Photometric = "ours",
+        output: Literal["views", "crops"] = "views",
     ) -> None:
         import_dali()
         if photometric == "dali":
@@ -80,7 +82,7 @@ class DALILoader:
         self.beton, self.recipe, self.seed = beton, recipe, seed
         self.device = device or torch.device("cpu")
         self.dtype = dtype
-        self._photometric = photometric
+        self._photometric, self._output = photometric, output
         self._batch_size = -(-global_batch_size // world_size)
         self._num_threads, self._batches_ahead = num_threads, batches_ahead
         self._plan = BatchPlan(
@@ -191,6 +193,8 @@ class DALILoader:
         )
 
     def _color(self, images: Tensor, params: ViewParams, view: ViewRecipe) -> Tensor:
+        if self._output == "crops":
+            return images.clone()  # DALI writes its memory again
         if self._photometric == "ours" and len(images):
             return photometric_chain(images, params, view, self.recipe, self.dtype)
         return images.to(self.dtype, copy=self.device.type == "cuda")

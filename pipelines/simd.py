@@ -126,6 +126,20 @@ def store_quarters_as_bytes(typing_context, address, stride, vector):
 
 
 @intrinsic
+def add_fourth_bytes(typing_context, address, source):
+    """NUM_LANES RGB pixels at `source` to RGBX at `address`."""
+
+    def generate(context, builder, signature, values):
+        address, source = values
+        pixels = _load(builder, source, ir.VectorType(_BYTE, 3 * NUM_LANES), alignment=1)
+        spread = [3 * pixel + min(channel, 2) for pixel in range(NUM_LANES) for channel in range(4)]
+        _store(builder, address, builder.shuffle_vector(pixels, pixels, _indices(spread)), alignment=1)
+        return context.get_dummy_value()
+
+    return types.void(types.intp, types.intp), generate
+
+
+@intrinsic
 def drop_fourth_bytes(typing_context, address, source):
     """NUM_LANES RGBX pixels at `source` to RGB at `address`."""
 

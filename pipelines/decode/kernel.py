@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from pipelines import params_numba
 from pipelines.compiled import source_hash
-from pipelines.decode.resample import resized_crop, unpack
+from pipelines.decode.resample import pack, resized_crop, unpack
 from pipelines.decode.rows import keep_rows
 from pipelines.decode.turbojpeg import (
     NUM_CHANNELS,
@@ -124,10 +124,7 @@ def decode(source, sample, reduction, top, bottom, turbojpeg, handle, scratch):
     flat = scratch.pixels[: num_pixels * NUM_CHANNELS]
     image = flat.reshape(height, width, NUM_CHANNELS)
     if source.modes[sample] == MODE_RAW:
-        for i in range(num_pixels):
-            flat[i * NUM_CHANNELS] = encoded[i * 3]
-            flat[i * NUM_CHANNELS + 1] = encoded[i * 3 + 1]
-            flat[i * NUM_CHANNELS + 2] = encoded[i * 3 + 2]
+        pack(encoded[: 3 * num_pixels], flat)
         return OK, image
     size, first_row, num_rows = keep_rows(
         encoded, source.widths[sample], source.heights[sample], top, bottom, scratch.jpeg

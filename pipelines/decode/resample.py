@@ -17,6 +17,7 @@ from numba import njit
 
 from pipelines.simd import (
     NUM_LANES,
+    add_fourth_bytes,
     drop_fourth_bytes,
     load,
     load_bytes,
@@ -80,6 +81,7 @@ def filter_weights(kind, start, extent, out_size, first, count, weights):
     """
     scale = extent / out_size
     stretch = max(scale, 1.0)
+    shrink = 1.0 / stretch
     support = kind * stretch
     lowest, highest = int(start), int(np.ceil(start + extent))
     for i in range(out_size):
@@ -88,7 +90,7 @@ def filter_weights(kind, start, extent, out_size, first, count, weights):
         high = min(int(center + support + 0.5), highest)
         total = 0.0
         for j in range(high - low):
-            x = (j + low - center + 0.5) / stretch
+            x = (j + low - center + 0.5) * shrink
             weight = _triangle(x) if kind == TRIANGLE else _cubic(x)
             weights[i, j] = weight
             total += weight
@@ -166,16 +168,30 @@ def _combine_columns(columns, first, count, weights, size, flip, target):
 
 
 @njit(nogil=True)
+def pack(rgb, rgbx):
+    """Bytes of RGB, uint8 [3 · P], to RGBX, uint8 [4 · P]."""
+    num_pixels = rgb.size // 3
+    source, target = rgb.ctypes.data, rgbx.ctypes.data
+    if num_pixels < NUM_LANES:
+        for i in range(num_pixels):
+            for c in range(3):
+                rgbx[NUM_CHANNELS * i + c] = rgb[3 * i + c]
+        return
+    for i in range(0, num_pixels, NUM_LANES):
+        at = min(i, num_pixels - NUM_LANES)  # the last ones overlap those before, rather than the end
+        add_fourth_bytes(target + NUM_CHANNELS * at, source + 3 * at)
+
+
+@njit(nogil=True)
 def unpack(packed, out):
-    """Words of RGBX, uint32 [≥ S · S], to bytes of RGB, uint8 [3 · S · S]."""
+    """Words of RGBX, uint32 [≥ P], to bytes of RGB, uint8 [3 · P]."""
     num_pixels = out.size // 3
     source, target = packed.ctypes.data, out.ctypes.data
     if num_pixels < NUM_LANES:
         for i in range(num_pixels):
-            out[3 * i] = packed[i] & 0xFF
-            out[3 * i + 1] = (packed[i] >> 8) & 0xFF
-            out[3 * i + 2] = (packed[i] >> 16) & 0xFF
+            for c in range(3):
+                out[3 * i + c] = (packed[i] >> np.uint32(8 * c)) & np.uint32(0xFF)
         return
     for i in range(0, num_pixels, NUM_LANES):
-        at = min(i, num_pixels - NUM_LANES)  # the last ones overlap those before, rather than the end
+        at = min(i, num_pixels - NUM_LANES)
         drop_fourth_bytes(target + 3 * at, source + 4 * at)

@@ -6,12 +6,13 @@ import torch
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
-from pipelines.decode.resample import FILTERS, columns_size, max_taps, packed_size, resized_crop
+from pipelines.decode.resample import FILTERS
 from pipelines.geometry.crop_resize import PackedImages, crop_resize
 from pipelines.params import draw_views
 from pipelines.photometric.chain import photometric_chain
 from pipelines.recipe import Recipe, ViewRecipe
 from tests.pipelines import triton_interpreter
+from tests.pipelines.test_resample import crop as decoders_crop
 from tests.pipelines.triton_inputs import packed, view_params
 
 # A level's rounding, and what float32's weights and sums can add.
@@ -117,36 +118,13 @@ def test_the_cpus_decoder_cuts_the_same_crops(interpolation, implementation):
     ours = IMPLEMENTATIONS[implementation](images, params, view).permute(0, 2, 3, 1).numpy()
     truth = exact(images, params, view).permute(0, 2, 3, 1).numpy()
     for i, window in enumerate(params):
-        expected = cpu_crop(image(images, i).permute(1, 2, 0).numpy(), window, view)
+        box = [int(window[name]) for name in ("top", "left", "height", "width")]
+        pixels = image(images, i).permute(1, 2, 0).numpy()
+        expected = decoders_crop(pixels, box, 24, flip=bool(window["flip"]), kind=FILTERS[interpolation])
         # They round alike, but where a value lies half-way between two levels to float32's last bits.
         differ = ours[i] != expected
         assert (np.abs(ours[i].astype(int) - expected) <= 1).all()
         assert (np.abs(truth[i][differ] % 1 - 0.5) < HALF_A_LEVEL - 0.5).all()
-
-
-def cpu_crop(pixels, window, view):
-    """`pipelines.decode.resample`'s crop, uint8 [S, S, 3]."""
-    rgbx = np.zeros((pixels.shape[0] + 1, pixels.shape[1], 4), np.uint8)  # with a row to read over the end
-    rgbx[:-1, :, :3] = pixels
-    kind, size = FILTERS[view.interpolation], view.size
-    height, width = int(window["height"]), int(window["width"])
-    taps = max_taps(max(height, width), size, kind)
-    out = np.empty((size, size, 3), np.uint8)
-    resized_crop(
-        rgbx[:-1],
-        kind,
-        int(window["top"]),
-        int(window["left"]),
-        height,
-        width,
-        bool(window["flip"]),
-        out,
-        np.empty(columns_size(width), np.float32),
-        np.empty(packed_size(size), np.uint32),
-        *np.empty((2, 2, size), np.int32),
-        np.empty((2, size, taps), np.float32),
-    )
-    return out
 
 
 def test_an_image_alone_is_bit_equal_to_itself_in_a_batch():
@@ -172,7 +150,8 @@ def test_one_image_many_times_feeds_the_photometric_chain():
     params = windows((0, 0, 48, 64), (0, 0, 20, 20), (5, 6, 30, 40))
     view = ViewRecipe(size=32)
     crops = crop_resize(images, params, view)
-    assert torch.equal(photometric_chain(crops, params, view, Recipe(views=(view,))), crops / 255.0)
+    views = photometric_chain(crops, params, view, Recipe(views=(view,)))
+    torch.testing.assert_close(views, crops / 255.0, rtol=0, atol=1e-6)
 
 
 def test_the_entry_says_what_does_not_fit():

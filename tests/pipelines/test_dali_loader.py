@@ -81,7 +81,7 @@ def assert_close(ours, theirs, *, mean, highest):
         assert a.is_contiguous(memory_format=torch.channels_last)
         difference = 255 * (a - b).abs()
         assert difference.mean() <= mean
-        assert difference.max() <= highest
+        assert difference.max() < highest + 0.01
 
 
 # The decoders are bit-equal on the CPU. DALI repeats the pixels at a window's edge where we leave them out of the mean,

@@ -1,0 +1,71 @@
+"""Run the GPU kernels on the CPU, in Triton's interpreter.
+
+It must be chosen before triton is imported, hence a process of its own. Its conversion from float32 to bfloat16
+truncates where a GPU rounds.
+"""
+
+import functools
+import os
+from concurrent.futures import ProcessPoolExecutor
+from importlib.metadata import version
+from multiprocessing import get_context
+
+import pytest
+import torch
+
+LAYOUTS = {
+    "channels_last": lambda crops: crops.contiguous(memory_format=torch.channels_last),
+    "channels_first": lambda crops: crops,
+    "every second row": lambda crops: crops.repeat_interleave(2, dim=2)[:, :, ::2],
+    "unaligned": lambda crops: torch.cat([crops[:1], crops]).contiguous(memory_format=torch.channels_last)[1:],
+}
+
+
+def photometric(crops, params, view, recipe, dtype=torch.float32, *, layout="channels_last", **options):
+    """`photometric_triton` of crops that lie in one of `LAYOUTS`; the result is float64."""
+    out = _process().submit(_photometric, crops.numpy(), layout, params, view, recipe, dtype, options).result()
+    return torch.from_numpy(out)
+
+
+def crop_resize(images, params, view):
+    """`crop_resize_triton` of pixels, offsets and widths."""
+    arrays = [tensor.numpy() for tensor in images[:3]]
+    return torch.from_numpy(_process().submit(_crop_resize, arrays, params, view).result())
+
+
+def _process():
+    if _release("triton") < (3, 9) and _release("numpy") >= (2, 4):
+        pytest.skip("the interpreter of Triton before 3.9 cannot count a loop with NumPy 2.4 or newer")
+    return _start()
+
+
+def _release(package):
+    return tuple(int(part) for part in version(package).split(".")[:2])
+
+
+@functools.cache
+def _start():
+    return ProcessPoolExecutor(1, get_context("spawn"), initializer=_choose_the_interpreter)
+
+
+def _choose_the_interpreter():
+    os.environ["TRITON_INTERPRET"] = "1"
+    torch.set_num_threads(1)
+
+
+def _photometric(crops, layout, params, view, recipe, dtype, options):
+    from pipelines.photometric.triton_launch import photometric_triton
+
+    crops = LAYOUTS[layout](torch.from_numpy(crops))
+    out = photometric_triton(crops, params, view, recipe, dtype, **options)
+    assert out.dtype == dtype
+    assert out.is_contiguous(memory_format=torch.channels_last)
+    return out.double().numpy()
+
+
+def _crop_resize(arrays, params, view):
+    from pipelines.geometry.crop_resize_triton import crop_resize_triton
+
+    out = crop_resize_triton(*(torch.from_numpy(array) for array in arrays), params, view)
+    assert out.is_contiguous(memory_format=torch.channels_last)
+    return out.numpy()
