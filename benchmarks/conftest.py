@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import subprocess
 import sys
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
 import pytest
 
 from benchmarks.contestant import Contestant
-from benchmarks.harness import Floor, Row, Unit, race, write_json
+from benchmarks.harness import Floor, Race, Row, Unit, race, write_json
 
 ROOT = Path(__file__).parents[1]
+OPTIONAL_MODULES = {"lightly": "lightly"}  # by contestant, what it imports of requirements-bench.txt
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("benchmarks")
-    group.addoption("--bench-data", type=Path, metavar="DIR", help="a folder with one folder of images per class")
+    group.addoption("--bench-data", type=Path, metavar="DIR", help="images: class folders, or one flat folder")
     group.addoption("--bench-json", type=Path, metavar="FILE", help="where the rows are written")
     group.addoption("--bench-images", type=int, default=334, help="images taken from the folder (default: 334)")
     group.addoption("--bench-workers", type=int, default=4, help="threads or processes of a loader (default: 4)")
@@ -44,17 +47,49 @@ class Bench:
 
     def __init__(self, config: pytest.Config) -> None:
         self.workers: int = config.getoption("--bench-workers")
-        self._rounds: int = config.getoption("--bench-rounds")
+        self.rounds: int = config.getoption("--bench-rounds")
         self._seconds: float = config.getoption("--bench-seconds")
         self.rows: list[Row] = []
 
     def race(self, work: str, unit: Unit, contestants: Sequence[Contestant], floors: dict[str, Floor]) -> None:
-        """Race, print, keep the rows, and assert the floors of the first contestant."""
-        result = race(work, unit, contestants, rounds=self._rounds, seconds=self._seconds)
+        """Race those whose packages are installed, and judge the first contestant."""
+        present = [contestant for contestant in contestants if is_installed(contestant.name)]
+        self.judge(race(work, unit, present, rounds=self.rounds, seconds=self._seconds), floors)
+
+    def judge(self, result: Race, floors: dict[str, Floor]) -> None:
+        """Print the table, keep the rows, and assert the floors of the first contestant."""
         self.rows += result.rows()
-        ours = contestants[0].name
+        ours = next(iter(result.turns))
+        floors = {name: floor for name, floor in floors.items() if name in result.turns}
         print(f"\n{result.table(ours, floors)}")
         result.require(ours, floors)
+
+    def scaling(self, work: str, by_workers: dict[int, Contestant], *, max_cost: float) -> None:
+        """Race one contestant against itself with one worker and with more.
+
+        Rows are named after the contestant, their works after the number of workers. Efficiency is printed and not
+        asserted, since it falls with whatever else the machine does; what is asserted is that an image costs no more
+        than `max_cost` times the CPU seconds that it costs one worker.
+        """
+        names = {n: f"{work}_workers{n}" for n in by_workers}
+        entrants = [replace(contestant, name=names[n]) for n, contestant in by_workers.items()]
+        result = race(work, "images/s", entrants, rounds=self.rounds, seconds=self._seconds)
+        rows = dict(zip(by_workers, result.rows(), strict=True))
+        self.rows += [replace(row, work=names[n], contestant=by_workers[n].name) for n, row in rows.items()]
+        print(f"\n{result.table(names[max(names)], {})}")
+        efficiency = {n: result.ratio(name, names[1]) / n for n, name in names.items()}
+        print("efficiency  " + ", ".join(f"{n} workers: {share:.0%}" for n, share in efficiency.items()))
+        cost = rows[max(rows)].cpu_s_per_item / rows[1].cpu_s_per_item
+        assert cost <= max_cost, f"{work}: an image costs {max(rows)} workers {cost:.2f} times as much CPU as one"
+
+
+def is_installed(contestant: str) -> bool:
+    """Whether a contestant can take part; prints what is missing."""
+    module = OPTIONAL_MODULES.get(contestant)
+    if module is None or importlib.util.find_spec(module):
+        return True
+    print(f"\n{contestant} takes no part: {module} is missing; run `uv pip install -r requirements-bench.txt`")
+    return False
 
 
 @pytest.fixture(scope="session")
@@ -82,7 +117,7 @@ def make_beton(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFac
         folder = tmp_path_factory.mktemp("beton")
         given: Path | None = pytestconfig.getoption("--bench-data")
         if given:
-            _link_images(given, folder / "images", num_images)
+            link_images(given, folder / "images", num_images)
         elif "TWINVIEW_DATA" in os.environ:
             _unpack_images(Path(os.environ["TWINVIEW_DATA"], archive), folder / "images", num_images)
         else:
@@ -96,15 +131,24 @@ def make_beton(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFac
     return make
 
 
-def _link_images(source: Path, target: Path, num_images: int) -> None:
-    """Link to images of `source`, equally many of each class."""
-    classes = sorted(path for path in source.iterdir() if path.is_dir())
-    if not classes:
-        raise pytest.UsageError(f"--bench-data must hold one folder of images per class, found none in {source}")
-    for folder in classes[:num_images]:
-        (target / folder.name).mkdir(parents=True)
-        for path in sorted(folder.iterdir())[: max(num_images // len(classes), 1)]:
-            (target / folder.name / path.name).symlink_to(path.resolve())
+def link_images(source: Path, target: Path, num_images: int) -> None:
+    """Link to images of `source`: equally many below each class folder, or the first ones of a flat folder."""
+    if not source.is_dir():
+        raise pytest.UsageError(f"--bench-data must be a folder of images, found none at {source}")
+    folders = sorted(path for path in source.iterdir() if path.is_dir() and not path.name.startswith("."))
+    folders = folders[:num_images] or [source]
+    for folder in folders:
+        for path in islice(_files_below(folder), max(num_images // len(folders), 1)):
+            link = target / path.relative_to(source)
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to(path.resolve())
+
+
+def _files_below(folder: Path) -> Iterator[Path]:
+    """Whatever the format: the converter says which files are no images."""
+    for parent, folders, names in os.walk(folder):
+        folders.sort()
+        yield from (Path(parent, name) for name in sorted(names) if not name.startswith("."))
 
 
 def _unpack_images(archive: Path, target: Path, num_images: int) -> None:

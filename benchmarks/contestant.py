@@ -145,7 +145,7 @@ def _warm_up(run: Run, step: int, seconds: float) -> WarmUp:
     items = step
     while (turn := _turn(run, items)).seconds < seconds:
         items *= 2
-    peak = _status_mib("VmHWM") + _workers_mib()
+    peak = status_mib("VmHWM") + _workers_mib()
     steps = round(turn.items * seconds / turn.seconds / step)
     return WarmUp(peak_mib=peak - held, items_per_turn=max(steps, 1) * step)
 
@@ -169,10 +169,11 @@ def _cpu_seconds() -> float:
 
 
 def _held_mib() -> float:
-    return _status_mib("VmRSS") + _workers_mib()
+    return status_mib("VmRSS") + _workers_mib()
 
 
-def _status_mib(field: str) -> float:
+def status_mib(field: str) -> float:
+    """A figure of this process's memory from /proc: VmRSS is what it holds, VmHWM the most that it has held."""
     return _kib_mib(Path("/proc/self/status"), field)
 
 

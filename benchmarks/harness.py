@@ -21,7 +21,7 @@ from typing import Literal
 
 from benchmarks.contestant import Contestant, ContestantProcess, Turn, WarmUp
 
-PACKAGES = ("torch", "torchvision", "numba", "numpy", "ffcv", "pillow")
+PACKAGES = ("torch", "torchvision", "numba", "numpy", "ffcv", "nvidia-dali-cuda130", "pillow", "lightly")
 
 Unit = Literal["images/s", "s"]
 
@@ -82,7 +82,7 @@ class Race:
         for second, floor in floors.items():
             speed = self.ratio(first, second)
             if speed < floor.speed:
-                missed.append(f"{speed:.2f} times as fast as {second}, floor {floor.speed}")
+                missed.append(f"{speed:.2f} times as fast as {second}, floor {floor.speed:.3g}")
             ours, theirs = self.warm_ups[first].peak_mib, self.warm_ups[second].peak_mib
             if floor.memory is not None and ours > floor.memory * theirs:
                 missed.append(f"at {ours / theirs:.3f} of the memory of {second}, at most {floor.memory}")
@@ -91,12 +91,12 @@ class Race:
     def table(self, first: str, floors: dict[str, Floor]) -> str:
         """Aligned lines: each contestant, and how much faster `first` is."""
         lines = [
-            f"{self.work:12} {'median':>10} {self.unit:8} {'spread':>7} {'cpu ms/item':>12} {'peak MiB':>9}"
+            f"{self.work:14} {'median':>10} {self.unit:8} {'spread':>7} {'cpu ms/item':>12} {'peak MiB':>9}"
             f" {'rounds':>7}  {first} is"
         ]
         for row in self.rows():
             lines.append(
-                f"{row.contestant:12} {_figure(row.median):>10} {'':8} {row.spread:>7.1%}"
+                f"{row.contestant:14} {_figure(row.median):>10} {'':8} {row.spread:>7.1%}"
                 f" {row.cpu_s_per_item * 1e3:>12.4g} {row.peak_mib:>9.1f} {row.repeats:>7}  "
                 + ("" if row.contestant == first else self._verdict(first, row.contestant, floors))
             )
@@ -105,7 +105,7 @@ class Race:
     def _verdict(self, first: str, second: str, floors: dict[str, Floor]) -> str:
         verdict = f"{self.ratio(first, second):.2f}×"
         if second in floors:
-            verdict += f" (floor {floors[second].speed}, goal {floors[second].goal})"
+            verdict += f" (floor {floors[second].speed:.3g}, goal {floors[second].goal})"
         return verdict
 
     def _row(self, name: str) -> Row:
@@ -169,8 +169,15 @@ def environment() -> dict[str, str | int | float]:
         "platform": platform.platform(),
         "commit": _commit(),
         "python": platform.python_version(),
-        **{package: importlib.metadata.version(package) for package in PACKAGES},
+        **{package: _version(package) for package in PACKAGES},
     }
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def _processor() -> str:

@@ -3,59 +3,112 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from benchmarks.contestant import Run
-from pipelines.augment import AugmentConfig, build_recipe, supervised_view
+from benchmarks.two_views import Augment, Batches
+from pipelines.batch import Loader
 from pipelines.beton import Beton, open_beton
+from pipelines.dali_loader import DALILoader
 from pipelines.ffcv_loader import FFCVLoader
-from pipelines.recipe import Recipe
+from pipelines.recipe import Recipe, ViewRecipe
 from train.runtime import keep_freed_memory
 
-EPOCH = 20_000  # images: as long as a large set's, so that its start and end weigh little
+EPOCH = 200_000  # images: as long as a large set's, so that its start and end weigh little
 WARM_UP_BATCHES = 4
 
-RecipeName = Literal["crop", "simclr", "simclr_cifar"]
+
+def twinview(path: Path, augment: Augment, batch_size: int, workers: int) -> Batches:
+    """The loader as training on the CPU uses it, or its crops as a GPU is sent them; channels_last."""
+    prepare_process()
+    beton = _repeated(open_beton(path), EPOCH)
+    return _batches(lambda: ffcv_loader(beton, augment, batch_size, workers), batch_size)
 
 
-def twinview(path: Path, recipe: RecipeName, size: int, batch_size: int, workers: int) -> Run:
-    """The loader as training on the CPU uses it: two views, float32 in [0, 1], channels_last."""
-    torch.set_num_threads(1)
-    keep_freed_memory()  # as the trainer does
+def twinview_dali(path: Path, augment: Augment, batch_size: int, workers: int) -> Batches:
+    """The loader that decodes and crops with DALI, on the CPU."""
+    prepare_process()
     beton = _repeated(open_beton(path), EPOCH)
 
-    def make() -> FFCVLoader:
-        views = _recipe(recipe, size)
-        return FFCVLoader(beton, views, seed=0, global_batch_size=batch_size, num_threads=workers)
+    def make() -> DALILoader:
+        return DALILoader(
+            beton,
+            _recipe(augment),
+            seed=0,
+            global_batch_size=batch_size,
+            num_threads=workers,
+            output=_output(augment),
+        )
 
+    return _batches(make, batch_size)
+
+
+def prepare_process() -> None:
+    """As the trainer does."""
+    torch.set_num_threads(1)
+    keep_freed_memory()
+
+
+def ffcv_loader(beton: Beton, augment: Augment, batch_size: int, workers: int) -> FFCVLoader:
+    """The loader over `beton` as it is."""
+    return FFCVLoader(
+        beton,
+        _recipe(augment),
+        seed=0,
+        global_batch_size=batch_size,
+        num_threads=workers,
+        output=_output(augment),
+    )
+
+
+def _output(augment: Augment) -> Literal["views", "crops"]:
+    """Without colours, what a GPU is sent."""
+    return "views" if augment.color_strength else "crops"
+
+
+def _batches(make: Callable[[], Loader], batch_size: int) -> Batches:
     warm = make()  # loads the compiled kernels; its threads and their memory are not what is measured
     for _ in warm.epoch(0, start_batch=len(warm) - WARM_UP_BATCHES):
         pass
     warm.close()
     loader = make()
 
-    def run(num_images: int) -> None:
+    def batches(num_images: int) -> Iterator[tuple[Tensor, Tensor]]:
         remaining = num_images // batch_size
         while remaining:
-            batches = min(remaining, len(loader))
+            num_batches = min(remaining, len(loader))
             # Up to the end of the epoch, so that nothing is prefetched in vain.
-            for _ in loader.epoch(0, start_batch=len(loader) - batches):
-                pass
-            remaining -= batches
+            for batch in loader.epoch(0, start_batch=len(loader) - num_batches):
+                first, second = batch.views
+                yield first, second
+            remaining -= num_batches
 
-    return run
+    return batches
 
 
-def _recipe(name: RecipeName, size: int) -> Recipe:
-    if name == "crop":
-        return Recipe(views=(supervised_view(AugmentConfig(size=size)),) * 2)
-    if name == "simclr_cifar":
-        return build_recipe(AugmentConfig(size=size, color_strength=0.5, blur_prob=0.0))
-    return build_recipe(AugmentConfig(size=size))
+def _recipe(augment: Augment) -> Recipe:
+    brightness, contrast, saturation, hue = augment.jitter
+    has_colors = augment.color_strength > 0
+    view = ViewRecipe(
+        size=augment.size,
+        crop_area=augment.crop_area,
+        crop_aspect=augment.crop_aspect,
+        flip_prob=0.5,
+        jitter_prob=augment.jitter_prob if has_colors else 0.0,
+        brightness=brightness,
+        contrast=contrast,
+        saturation=saturation,
+        hue=hue,
+        gray_prob=augment.gray_prob if has_colors else 0.0,
+        blur_prob=augment.blur_prob if augment.blur else 0.0,
+        blur_sigma=augment.blur_sigma,
+    )
+    return Recipe(views=(view, view))
 
 
 def _repeated(beton: Beton, num_samples: int) -> Beton:

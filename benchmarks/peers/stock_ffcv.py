@@ -8,35 +8,32 @@ from __future__ import annotations
 import os
 import sys
 import threading
-from collections import deque
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from benchmarks.contestant import Run
+from benchmarks.two_views import Augment, Batches
 
 
-def stock_ffcv(path: Path, size: int, batch_size: int, workers: int) -> Run:
-    """Two views, float32 in [0, 1], channels_last."""
+def stock_ffcv(path: Path, augment: Augment, batch_size: int, workers: int) -> Batches:
+    """uint8 crops in channels_last memory; two pipelines are its only way to a second view."""
     os.environ["NUMBA_NUM_THREADS"] = str(workers)  # read by its import; FFCV refuses more workers than that
     # Importing it takes seconds, and only this process may compile its kernels: compiled after other Numba kernels,
     # they fail in FFCV's thread, which then hangs its consumer.
     from ffcv.fields.rgb_image import RandomResizedCropRGBImageDecoder
     from ffcv.loader import Loader, OrderOption
     from ffcv.pipeline import PipelineSpec
-    from ffcv.transforms import NormalizeImage, RandomHorizontalFlip, ToTensor, ToTorchImage
+    from ffcv.transforms import RandomHorizontalFlip, ToTensor, ToTorchImage
 
     torch.set_num_threads(1)
     threading.excepthook = _end_process
 
     def view() -> PipelineSpec:
-        to_unit_range = NormalizeImage(np.zeros(3), np.full(3, 255.0), np.float32)
-        return PipelineSpec(
-            "image",
-            decoder=RandomResizedCropRGBImageDecoder((size, size)),
-            transforms=[RandomHorizontalFlip(), to_unit_range, ToTensor(), ToTorchImage()],
-        )
+        decoder = RandomResizedCropRGBImageDecoder((augment.size,) * 2, augment.crop_area, augment.crop_aspect)
+        return PipelineSpec("image", decoder=decoder, transforms=[RandomHorizontalFlip(), ToTensor(), ToTorchImage()])
 
     loader = Loader(
         str(path),
@@ -48,14 +45,14 @@ def stock_ffcv(path: Path, size: int, batch_size: int, workers: int) -> Run:
     )
     rows = np.arange(int(loader.reader.num_samples))
 
-    def run(num_images: int) -> None:
+    def batches(num_images: int) -> Iterator[tuple[Tensor, Tensor]]:
         # An epoch cannot be left early without leaking a thread, so it is made as long as the turn.
         order = np.resize(rows, num_images)
         loader.traversal_order.indices = loader.first_traversal_order = order
-        deque(loader, maxlen=0)
+        yield from ((first, second) for first, second, *_ in loader)
 
-    run(batch_size)  # compiles
-    return run
+    list(batches(batch_size))  # compiles
+    return batches
 
 
 def _end_process(args: threading.ExceptHookArgs) -> None:

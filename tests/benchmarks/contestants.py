@@ -5,6 +5,7 @@ import os
 import time
 
 import numpy as np
+import torch
 
 
 def sleeper(seconds):
@@ -62,3 +63,13 @@ def fails_in_its_turn():
 
 def dies():
     return lambda num_items: os._exit(7)
+
+
+def save_views(path, make, works, num_images):
+    """Save both views of the first images of each work; `works` holds the arguments of `make`."""
+    torch.manual_seed(0)
+    views = {}
+    for work, arguments in works.items():
+        batches = [[view.numpy().copy() for view in batch] for batch in make(*arguments)(num_images)]
+        views |= {f"{work}.{v}": np.concatenate([batch[v] for batch in batches]) for v in range(2)}
+    np.savez(path, **views)

@@ -9,10 +9,14 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.conftest import OPTIONAL_MODULES, is_installed, link_images
 from benchmarks.contestant import Contestant, ContestantFailed, Turn, WarmUp
 from benchmarks.harness import Floor, Race, race, write_json
+from benchmarks.startup import startup_race
 from tests.benchmarks import contestants
+from tests.pipelines.betons import natural_image
 
+ROOT = Path(__file__).parents[2]
 ROW_KEYS = ["work", "contestant", "median", "unit", "spread", "cpu_s_per_item", "peak_mib", "repeats"]
 
 
@@ -89,6 +93,61 @@ def test_a_contestant_that_fails_is_named(setup, message):
         run_race(("fine", contestants.sleeper, (0.001,), 1), ("broken", setup, (), 1))
 
 
+def test_start_ups_are_timed_to_the_line_that_says_so():
+    def sleeps(seconds):
+        return ["-c", f"import time; time.sleep({seconds}); print({seconds + 3}, flush=True); time.sleep(0.2)"]
+
+    result = startup_race("startup", {"fast": sleeps(0), "slow": sleeps(0.5)}, rounds=2)
+    row = by_name(result)["slow"]
+    assert by_name(result)["fast"].median < row.median
+    assert 0.5 < row.median < 5
+    assert 0.003 < row.cpu_s_per_item < 0.4
+    assert (row.peak_mib, row.unit, row.repeats) == (3.5, "s", 2)
+    with pytest.raises(ContestantFailed, match="broken ended with exit code 3 before its first batch"):
+        startup_race("startup", {"broken": ["-c", "raise SystemExit(3)"]}, rounds=1)
+
+
+def test_any_folder_of_images_gives_rows_for_machines(tmp_path):
+    (tmp_path / "images").mkdir()
+    for i, name in enumerate(["a.png", "b.jpg", "c.webp", "d.gif", "e.bmp", "f.tif"]):
+        natural_image(60 + i, 50, i).save(tmp_path / "images" / name)
+    command = [sys.executable, "-m", "pytest", "benchmarks", "-k", "scaling and crop224", "-p", "no:cacheprovider"]
+    options = ["--bench-data", str(tmp_path / "images"), "--bench-json", str(tmp_path / "rows.json")]
+    short = ["--bench-workers", "1", "--bench-rounds", "2", "--bench-seconds", "0.01"]
+    result = subprocess.run([*command, *options, *short], check=False, capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode == 0, result.stdout + result.stderr
+    (row,) = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    assert list(row) == ROW_KEYS
+    assert (row["work"], row["contestant"]) == ("crop224_workers1", "twinview")
+    assert (row["unit"], row["repeats"]) == ("images/s", 2)
+    assert row["median"] > 0
+
+
+def test_images_are_taken_equally_from_all_classes(tmp_path):
+    source = tmp_path / "images"
+    for name in ["b/2.png", "b/1.jpg", "b/.hidden", "a/deep/er/x", "a/deep/y", "a/z.JPEG", ".git/config"]:
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        (source / name).write_text(name)
+    link_images(source, tmp_path / "links", 4)
+    links = [path for path in (tmp_path / "links").rglob("*") if path.is_symlink()]
+    names = {path.relative_to(tmp_path / "links").as_posix() for path in links}
+    assert names == {"a/z.JPEG", "a/deep/y", "b/1.jpg", "b/2.png"}
+    assert all(path.read_text() == path.relative_to(tmp_path / "links").as_posix() for path in links)
+    link_images(source / "b", tmp_path / "flat", 1)
+    assert [path.name for path in (tmp_path / "flat").iterdir()] == ["1.jpg"]
+    absent = tmp_path / "absent"
+    with pytest.raises(pytest.UsageError, match=f"--bench-data must be a folder of images, found none at {absent}"):
+        link_images(absent, tmp_path / "none", 1)
+
+
+def test_what_a_contestant_lacks_is_said_in_one_line(monkeypatch, capsys):
+    monkeypatch.setitem(OPTIONAL_MODULES, "lightly", "no_such_module")
+    assert is_installed("twinview")
+    assert not is_installed("lightly")
+    expected = "lightly takes no part: no_such_module is missing; run `uv pip install -r requirements-bench.txt`"
+    assert capsys.readouterr().out.split("\n") == ["", expected, ""]
+
+
 def test_rows_and_environment_are_written(tmp_path):
     turns = {"ours": [Turn(items=1, seconds=0.5, cpu_seconds=0.25)]}
     result = Race(work="w", unit="s", warm_ups={"ours": WarmUp(peak_mib=1.0, items_per_turn=1)}, turns=turns)
@@ -103,8 +162,16 @@ def test_rows_and_environment_are_written(tmp_path):
 def test_every_benchmark_is_found_and_takes_the_options(tmp_path):
     command = [sys.executable, "-m", "pytest", "benchmarks", "--collect-only", "-q", "-p", "no:cacheprovider"]
     options = ["--bench-data", str(tmp_path), "--bench-json", str(tmp_path / "rows.json")]
-    root = Path(__file__).parents[2]
-    result = subprocess.run([*command, *options], check=False, capture_output=True, text=True, cwd=root)
+    result = subprocess.run([*command, *options], check=False, capture_output=True, text=True, cwd=ROOT)
     assert result.returncode == 0, result.stdout + result.stderr
-    for name in ("crop224", "simclr224", "simclr32", "ntxent[1024]", "ntxent[4096]", "resnet50"):
+    for name in (
+        "crop224",
+        "simclr224",
+        "simclr32",
+        "startup",
+        "scaling[crop224]",
+        "ntxent[1024]",
+        "ntxent[4096]",
+        "resnet50",
+    ):
         assert f"::test_{name}\n" in result.stdout
