@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.two_views import Augment, Batches
-from pipelines.batch import Loader
+from pipelines.batch import Batch, Loader
 from pipelines.beton import Beton, open_beton
 from pipelines.dali_loader import DALILoader
 from pipelines.ffcv_loader import FFCVLoader
@@ -26,14 +26,14 @@ WARM_UP_BATCHES = 4
 def twinview(path: Path, augment: Augment, batch_size: int, workers: int) -> Batches:
     """The loader as training on the CPU uses it, or its crops as a GPU is sent them; channels_last."""
     prepare_process()
-    beton = _repeated(open_beton(path), EPOCH)
+    beton = repeated(open_beton(path))
     return _batches(lambda: ffcv_loader(beton, augment, batch_size, workers), batch_size)
 
 
 def twinview_dali(path: Path, augment: Augment, batch_size: int, workers: int) -> Batches:
     """The loader that decodes and crops with DALI, on the CPU."""
     prepare_process()
-    beton = _repeated(open_beton(path), EPOCH)
+    beton = repeated(open_beton(path))
 
     def make() -> DALILoader:
         return DALILoader(
@@ -72,20 +72,29 @@ def _output(augment: Augment) -> Literal["views", "crops"]:
 
 
 def _batches(make: Callable[[], Loader], batch_size: int) -> Batches:
+    all_batches = epochs_of(make, batch_size)
+
+    def batches(num_images: int) -> Iterator[tuple[Tensor, Tensor]]:
+        for batch in all_batches(num_images):
+            first, second = batch.views
+            yield first, second
+
+    return batches
+
+
+def epochs_of(make: Callable[[], Loader], batch_size: int) -> Callable[[int], Iterator[Batch]]:
+    """What yields the batches of so many images, up to the end of an epoch, so that nothing is prefetched in vain."""
     warm = make()  # loads the compiled kernels; its threads and their memory are not what is measured
     for _ in warm.epoch(0, start_batch=len(warm) - WARM_UP_BATCHES):
         pass
     warm.close()
     loader = make()
 
-    def batches(num_images: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def batches(num_images: int) -> Iterator[Batch]:
         remaining = num_images // batch_size
         while remaining:
             num_batches = min(remaining, len(loader))
-            # Up to the end of the epoch, so that nothing is prefetched in vain.
-            for batch in loader.epoch(0, start_batch=len(loader) - num_batches):
-                first, second = batch.views
-                yield first, second
+            yield from loader.epoch(0, start_batch=len(loader) - num_batches)
             remaining -= num_batches
 
     return batches
@@ -111,7 +120,7 @@ def _recipe(augment: Augment) -> Recipe:
     return Recipe(views=(view, view))
 
 
-def _repeated(beton: Beton, num_samples: int) -> Beton:
+def repeated(beton: Beton, num_samples: int = EPOCH) -> Beton:
     """The same images again and again, as one longer set."""
     rows = np.arange(num_samples) % beton.num_samples
     tables = {name: getattr(beton, name)[rows] for name in ("modes", "widths", "heights", "offsets", "sizes")}

@@ -54,11 +54,6 @@ def packed_size(size: int) -> int:
 
 
 @njit(nogil=True)
-def _triangle(x):
-    return max(0.0, 1.0 - abs(x))
-
-
-@njit(nogil=True)
 def _cubic(x):
     x = abs(x)
     if x < 1.0:
@@ -86,14 +81,15 @@ def filter_weights(kind, start, extent, out_size, first, count, weights):
     lowest, highest = int(start), int(np.ceil(start + extent))
     for i in range(out_size):
         center = start + scale * (i + 0.5)
-        low = max(int(np.floor(center - support + 0.5)), lowest)
+        low = max(int(center - support + 0.5), lowest)  # truncated towards 0, which `lowest` is not below
         high = min(int(center + support + 0.5), highest)
+        x = (low - center + 0.5) * shrink
         total = 0.0
         for j in range(high - low):
-            x = (j + low - center + 0.5) * shrink
-            weight = _triangle(x) if kind == TRIANGLE else _cubic(x)
+            weight = max(0.0, 1.0 - abs(x)) if kind == TRIANGLE else _cubic(x)
             weights[i, j] = weight
             total += weight
+            x += shrink
         inverse = np.float32(1.0 / total)
         for j in range(high - low):
             weights[i, j] *= inverse

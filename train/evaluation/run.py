@@ -15,7 +15,7 @@ from train.checkpoint import latest_checkpoint, load_checkpoint
 from train.config import config_from_dict
 from train.evaluation.features import Features, Representation, build_encoder, represent
 from train.evaluation.few_shot import Accuracies, Protocol, few_shot_accuracy
-from train.runtime import choose_device, cores_per_rank, read_ranks
+from train.runtime import choose_device, cores_per_rank, keep_freed_memory, read_ranks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,6 +110,8 @@ def find_checkpoint(path: Path) -> Path:
 def _represent_both(path: Path, config: EvaluateConfig) -> tuple[Features, Features]:
     ranks = read_ranks()
     device, num_cores = choose_device(config.device, ranks), cores_per_rank(ranks)
+    if device.type == "cpu":
+        keep_freed_memory()
     checkpoint = load_checkpoint(path)
     encoder, trained = build_encoder(config.representation, checkpoint), config_from_dict(checkpoint.config)
     train, test = (
