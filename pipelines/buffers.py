@@ -44,6 +44,11 @@ class HostBuffers:
         return torch.from_numpy(self._arrays[-1])
 
 
+def buffer_bytes(num_bytes: int, *, pinned: bool) -> int:
+    """What a buffer of so many bytes takes: torch rounds pinned memory up to a power of two."""
+    return 1 << (num_bytes - 1).bit_length() if pinned and num_bytes else num_bytes
+
+
 def check_host_memory(num_bytes: int, what: str, remedy: str) -> None:
     """Refuse what cannot fit into this machine's free memory.
 

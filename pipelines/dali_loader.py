@@ -118,8 +118,11 @@ class DALILoader:
             for batch in range(start_batch, len(self)):
                 drawn, images = run.next_batch()
                 self._plan.record(epoch, batch)
-                yield self._finish(drawn, images, epoch)
-            self._idle = run.release_pipeline()
+                made = self._finish(drawn, images, epoch)
+                del images  # held only as long as they are read
+                if batch + 1 == len(self):  # who takes the last batch need not ask for one more
+                    self._idle = run.release_pipeline()
+                yield made
         finally:
             run.close()
             self._runs.remove(run)

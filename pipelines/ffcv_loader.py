@@ -22,7 +22,7 @@ from torch import Tensor
 from pipelines.bad_samples import OnError, bad_samples_of
 from pipelines.batch import Batch
 from pipelines.beton import MODE_RAW, Beton
-from pipelines.buffers import check_host_memory
+from pipelines.buffers import buffer_bytes, check_host_memory
 from pipelines.geometry.crop_resize import PackedImages, crop_resize
 from pipelines.photometric.chain import photometric_chain
 from pipelines.photometric.reference import to_device
@@ -113,7 +113,8 @@ class FFCVLoader:
         self._sender = Sender(self.device)
         local_batch_size = -(-min(global_batch_size, beton.num_samples) // world_size)
         check_host_memory(
-            self._renderer.batch_bytes(local_batch_size) * (batches_ahead + 2),
+            buffer_bytes(self._renderer.batch_bytes(local_batch_size), pinned=self.device.type == "cuda")
+            * (batches_ahead + 2),
             f"{batches_ahead + 2} batches of {local_batch_size} images with {len(recipe.views)} views",
             "use a smaller batch, fewer or smaller views, or a lower `data.batches_ahead`",
         )
@@ -142,7 +143,9 @@ class FFCVLoader:
                         break
                     self._send(later)
                 self._plan.record(epoch, batch)
-                yield self._finish(current.rendering, sent)
+                made = self._finish(current.rendering, sent)
+                del current, sent  # their memory is free for the next batches while this one is in use
+                yield made
         finally:
             for abandoned in in_flight:
                 abandoned.rendering.cancel()

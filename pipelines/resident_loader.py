@@ -26,6 +26,7 @@ from torch import Tensor
 from pipelines.bad_samples import BadSamples, OnError, bad_samples_of
 from pipelines.batch import Batch
 from pipelines.beton import MODE_RAW, Beton
+from pipelines.buffers import free_host_memory
 from pipelines.decode.turbojpeg import Decompressor, is_harmless, library
 from pipelines.geometry.crop_resize import PackedImages, crop_resize
 from pipelines.params import draw_views
@@ -38,6 +39,7 @@ BLOCK_BYTES = 2**26  # decoded on the host at a time, then copied: the host need
 SAMPLES_PER_CHUNK = 64  # that a thread takes at a time
 PIXEL_FORMAT_RGB = 0  # TJPF_RGB
 GIB = 2**30
+SHARE_OF_MEMORY = 0.5  # that the set may take: activations, which come later, want theirs
 
 
 class ResidentLoader:
@@ -141,27 +143,26 @@ class ResidentLoader:
 
 
 def check_memory(beton: Beton, device: torch.device) -> None:
-    """Refuse a set whose pixels do not fit into the device's free memory.
+    """Refuse a set whose pixels do not fit into the device's memory beside the model.
 
     Raises:
         ValueError: with what is needed and what is free.
     """
     needed, free = int(_ends(beton)[-1]), free_bytes(device)
-    if needed > free:
+    if needed > free * SHARE_OF_MEMORY:
         raise ValueError(
-            f"`data.loader: resident` must fit into {device}'s memory: the pixels of the {beton.num_samples} images of "
-            f"{beton.path} need {needed / GIB:.2f} GiB, {free / GIB:.2f} GiB are free; use another loader, or convert "
-            "with a smaller `--max-side`"
+            f"`data.loader: resident` must fit into {SHARE_OF_MEMORY:.0%} of {device}'s free memory, the rest being the "
+            f"model's: the pixels of the {beton.num_samples} images of {beton.path} need {needed / GIB:.2f} GiB, "
+            f"{free / GIB:.2f} GiB are free; use another loader, or convert with a smaller `--max-side`"
         )
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory of a device that can still be taken; of the CPU's, as Linux estimates it."""
+    """Memory of a device that can still be taken, what torch holds for its next tensors included."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    with open("/proc/meminfo") as file:  # noqa: PTH123
-        available = next(line for line in file if line.startswith("MemAvailable:"))
-    return int(available.split()[1]) * 1024
+        held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0] + held)
+    return free_host_memory()
 
 
 class _Reader:

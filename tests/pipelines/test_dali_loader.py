@@ -348,6 +348,20 @@ def test_a_failure_that_no_sample_explains_is_not_swallowed(make_loader):
         loader._find_bad_samples(drawn, RuntimeError("out of\nmemory"))
 
 
+def test_an_epoch_taken_batch_by_batch_leaves_its_pipeline_to_the_next(make_loader, beton, monkeypatch):
+    # As the training loop does: it never asks for more than there is.
+    loader, made = make_loader(), []
+    make = loader._make_pipeline
+    monkeypatch.setattr(loader, "_make_pipeline", lambda size: made.append(size) or make(size))
+    views = []
+    for epoch in (0, 1, 0):
+        batches = loader.epoch(epoch)
+        views.append([next(batches).views[0] for _ in range(len(loader))])
+    assert len(made) == 1
+    for first, again in zip(views[0], views[2], strict=True):
+        assert torch.equal(first, again)
+
+
 def test_a_file_of_bad_samples_stops_even_when_skipping(make_loader, tmp_path):
     samples = [Sample(bytes(100), 8, 8) for _ in range(40)]
     (tmp_path / "bad.beton").write_bytes(HandmadeBeton(samples).build().data)
