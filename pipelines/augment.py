@@ -63,9 +63,21 @@ class AugmentConfig:
             raise ValueError(
                 f"`augment.color_strength` must be in [0, 2.5] (hue = 0.2·s ≤ 0.5), got {self.color_strength}"
             )
+        for name in ("local_views", "local_size", "local_crop_area"):
+            self._check_unused(name, "dino")
+        self._check_unused("branch_transformations", "one_branch")
+        if len(set(self.branch_transformations)) < len(self.branch_transformations):
+            raise ValueError(
+                f"`augment.branch_transformations` must name each once, got {list(self.branch_transformations)}"
+            )
         if self.local_views < 0:
             raise ValueError(f"`augment.local_views` must be 0 or more, got {self.local_views}")
         build_recipe(self)
+
+    def _check_unused(self, name: str, recipe: str) -> None:
+        """Refuse an option that would have no effect."""
+        if self.recipe != recipe and getattr(self, name) != type(self).__dataclass_fields__[name].default:
+            raise ValueError(f"`augment.{name}` needs `augment.recipe` {recipe}, got {self.recipe}")
 
 
 def build_recipe(config: AugmentConfig) -> Recipe:

@@ -15,6 +15,7 @@ logger = logging.getLogger(__name__)
 
 OnError = Literal["raise", "skip"]
 
+OR_SKIP = ', or set `data.on_error` to "skip"'
 MAX_NEIGHBOURS = 16  # under "skip": this many bad samples in a row mean that the file is bad
 
 
@@ -25,18 +26,19 @@ class BadSamples:
         num_samples: of the set.
         name_of: a sample's name, for messages.
         on_error: `raise` stops at the first one; `skip` names it, counts it, and puts its neighbour in its place.
-        remedy: what to do about it, beside skipping.
+        remedy: what to do about it.
 
     Attributes:
-        num_skipped: how many were replaced so far.
+        num_skipped: how often one was replaced so far; each is named the first time.
     """
 
     def __init__(
-        self, num_samples: int, name_of: Callable[[int], str], on_error: OnError, remedy: str = "remove it"
+        self, num_samples: int, name_of: Callable[[int], str], on_error: OnError, remedy: str = "remove it" + OR_SKIP
     ) -> None:
         self.num_skipped = 0
         self._num_samples, self._name_of, self._on_error, self._remedy = num_samples, name_of, on_error, remedy
         self._counting = threading.Lock()
+        self._warned: set[int] = set()
 
     def replace(self, sample: int, reason: str, tries: int) -> int:
         """The row that takes the place of `sample`.
@@ -50,17 +52,21 @@ class BadSamples:
             ValueError: the run is to stop at a bad sample, or `tries` exceeds MAX_NEIGHBOURS.
         """
         message = f"{self._name_of(sample)} cannot be decoded: {reason}"
-        if self._on_error == "raise" or tries > MAX_NEIGHBOURS:
-            raise ValueError(f'{message}; {self._remedy}, or set `data.on_error` to "skip"')
+        if self._on_error == "raise":
+            raise ValueError(f"{message}; {self._remedy}")
+        if tries > MAX_NEIGHBOURS:
+            raise ValueError(f"{message}, nor can the {MAX_NEIGHBOURS} before it; {self._remedy}")
         neighbour = (sample + 1) % self._num_samples
         with self._counting:
             self.num_skipped += 1
-            logger.warning("%s; sample %d stands in for it (%d skipped so far)", message, neighbour, self.num_skipped)
+            if sample not in self._warned:
+                self._warned.add(sample)
+                logger.warning("%s; sample %d stands in for it, whenever its turn comes", message, neighbour)
         return neighbour
 
 
-def bad_samples_of(beton: Beton, on_error: OnError) -> BadSamples:
-    """Those of a `.beton`: a name is the row, and the file if the manifest has it."""
+def bad_samples_of(beton: Beton, on_error: OnError, *, training: bool = True) -> BadSamples:
+    """Those of a `.beton`: a name is the row, and the file if the manifest has it. Only training may skip."""
 
     @cache  # read when there is a name to tell, and once
     def file_names() -> list[str] | None:
@@ -75,4 +81,6 @@ def bad_samples_of(beton: Beton, on_error: OnError) -> BadSamples:
         file = f" ({files[sample]})" if files else ""
         return f"sample {sample}{file} of {beton.path}"
 
-    return BadSamples(beton.num_samples, name_of, on_error, "convert it again without it")
+    return BadSamples(
+        beton.num_samples, name_of, on_error, "convert it again without it" + (OR_SKIP if training else "")
+    )

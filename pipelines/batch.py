@@ -34,6 +34,10 @@ class Batch:
         return len(self.sample_indices)
 
 
+class MissingPackage(RuntimeError):
+    """A loader was asked for whose package is not there; one line says what to install."""
+
+
 class Loader(Protocol):
     """Yields the batches of an epoch, from any of them on.
 

@@ -15,6 +15,8 @@ import torch
 from numpy.typing import DTypeLike, NDArray
 from torch import Tensor
 
+from pipelines.recipe import Recipe
+
 _IDLE = 2  # references to an array that no tensor shares: the list's, and that of the call which counts them
 
 
@@ -49,15 +51,30 @@ def buffer_bytes(num_bytes: int, *, pinned: bool) -> int:
     return 1 << (num_bytes - 1).bit_length() if pinned and num_bytes else num_bytes
 
 
-def check_host_memory(num_bytes: int, what: str, remedy: str) -> None:
-    """Refuse what cannot fit into this machine's free memory.
+def check_batches_fit(
+    recipe: Recipe, num_images: int, num_batches: int, *, bytes_per_number: int, batch_bytes: int | None = None
+) -> None:
+    """Refuse batches that cannot fit into this machine's free memory.
+
+    Args:
+        recipe: of the views.
+        num_images: of a batch.
+        num_batches: that exist at a time.
+        bytes_per_number: of the views.
+        batch_bytes: what a batch takes, if it is not its views.
 
     Raises:
-        ValueError: it cannot; one line.
+        ValueError: they cannot; one line.
     """
-    free = free_host_memory()
-    if num_bytes > free:
-        raise ValueError(f"{what} need {num_bytes / 1e9:.0f} GB of memory, {free / 1e9:.0f} GB are free; {remedy}")
+    if batch_bytes is None:
+        batch_bytes = num_images * sum(3 * view.size**2 for view in recipe.views) * bytes_per_number
+    needed, free = num_batches * batch_bytes, free_host_memory()
+    if needed > free:
+        raise ValueError(
+            f"{num_batches} batches of {num_images} images with {len(recipe.views)} views need {needed / 1e9:.0f} GB "
+            f"of memory, {free / 1e9:.0f} GB are free; use a smaller `data.global_batch_size`, fewer or smaller views, "
+            "or a lower `data.batches_ahead`"
+        )
 
 
 def free_host_memory() -> int:

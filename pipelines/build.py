@@ -8,10 +8,12 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
-from pipelines.batch import Loader
+from pipelines.batch import Loader, MissingPackage
 from pipelines.beton import Beton, open_beton
 from pipelines.ffcv_loader import FFCVLoader, Geometry
 from pipelines.recipe import Recipe
+
+__all__ = ["DataConfig", "ImageFolder", "MissingPackage", "build_loader", "check_batch_size", "open_data"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +47,8 @@ class DataConfig:
             raise ValueError(f"`data.num_threads` must be 0 (the rank's cores) or more, got {self.num_threads}")
         if self.photometric == "dali" and self.loader != "dali":
             raise ValueError(f"`data.photometric` dali needs `data.loader` dali, got {self.loader}")
+        if self.geometry != "auto" and self.loader != "ffcv":
+            raise ValueError(f"`data.geometry` {self.geometry} needs `data.loader` ffcv, got {self.loader}")
         if self.batches_ahead < 1:
             raise ValueError(f"`data.batches_ahead` must be at least 1, got {self.batches_ahead}")
 
@@ -64,6 +68,11 @@ def open_data(config: DataConfig) -> Beton | ImageFolder:
         OSError: likewise.
     """
     if config.loader != "folder":
+        if Path(config.path).is_dir():
+            raise ValueError(
+                f"`data.path` must be a .beton, {config.path} is a folder; convert it with "
+                "`python -m tools.convert`, or set `data.loader` to folder"
+            )
         return open_beton(config.path)
     from pipelines.folder_dataset import list_images
 

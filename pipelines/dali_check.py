@@ -12,22 +12,19 @@ ranks meet new samples for some epochs. `FFCVLoader` gives the same answers, sin
 
 from __future__ import annotations
 
-import ctypes
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future
-from functools import cache, partial
-from typing import Any
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pipelines.beton import MODE_RAW, Beton
-from pipelines.decode.turbojpeg import addresses, is_harmless
+from pipelines.decode.turbojpeg import PIXEL_FORMAT_GRAY
 from pipelines.pool import DecodePool, Worker
 
 CHUNK = 16  # samples that a thread checks at a time: milliseconds of work, so that threads end together
 SCALE = 8  # the smallest image that libjpeg-turbo decodes to is an eighth of the whole
-PIXEL_FORMAT_GRAY = 6  # TJPF_GRAY
 
 
 class JpegCheck:
@@ -88,36 +85,5 @@ class JpegCheck:
 
 def _refusal(jpeg: NDArray[np.uint8], width: int, height: int, worker: Worker) -> str | None:
     """Why libjpeg-turbo does not decode `jpeg` to an image of that size, or None."""
-    decompress_header, decompress = _turbojpeg()
-    handle = worker.decompressor.handle
-    header = [ctypes.c_int() for _ in range(4)]  # width, height, subsampling, colour space
-    if decompress_header(handle, jpeg.ctypes.data, jpeg.size, *map(ctypes.byref, header)):
-        return worker.decompressor.last_error()
-    if (header[0].value, header[1].value) != (width, height):
-        return "its size is not the one in the file's table"
-    small_width, small_height = -(-width // SCALE), -(-height // SCALE)
-    out = np.empty(small_width * small_height, np.uint8)
-    if decompress(
-        handle,
-        jpeg.ctypes.data,
-        jpeg.size,
-        out.ctypes.data,
-        small_width,
-        0,
-        small_height,
-        PIXEL_FORMAT_GRAY,
-        0,
-    ):
-        reason = worker.decompressor.last_error()
-        return None if is_harmless(reason, jpeg) else reason
-    return None
-
-
-@cache
-def _turbojpeg() -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """`tjDecompressHeader3` and `tjDecompress2`; calls let other Python threads run."""
-    pointer, size, number = ctypes.c_void_p, ctypes.c_ulong, ctypes.c_int
-    header = ctypes.CFUNCTYPE(number, pointer, pointer, size, *[pointer] * 4)
-    whole = ctypes.CFUNCTYPE(number, pointer, pointer, size, pointer, *[number] * 5)
-    found = addresses()
-    return header(found.decompress_header), whole(found.decompress)
+    out = np.empty(-(-width // SCALE) * -(-height // SCALE), np.uint8)
+    return worker.decompressor.decompress(jpeg, width, height, out, PIXEL_FORMAT_GRAY, SCALE)

@@ -13,6 +13,7 @@ Legend: N local images, V views, S side of a view.
 
 from __future__ import annotations
 
+import re
 from collections import deque
 from collections.abc import Iterator
 from typing import Any, Literal
@@ -24,6 +25,7 @@ from torch import Tensor
 from pipelines.bad_samples import OnError, bad_samples_of
 from pipelines.batch import Batch
 from pipelines.beton import Beton
+from pipelines.buffers import check_batches_fit
 from pipelines.dali_batches import BatchMaker, Drawn, Planned
 from pipelines.dali_check import JpegCheck
 from pipelines.dali_pipeline import Inputs, Photometric, ViewPipeline, check_recipe, import_dali
@@ -32,6 +34,8 @@ from pipelines.photometric.chain import photometric_chain
 from pipelines.photometric.reference import to_device
 from pipelines.plan import BatchPlan, beton_fingerprint
 from pipelines.recipe import Recipe, ViewRecipe
+
+OUT_OF_MEMORY = re.compile(r"bad_alloc|out of memory|MemoryAllocation", re.IGNORECASE)
 
 
 class DALILoader:
@@ -94,7 +98,11 @@ class DALILoader:
             world_size=world_size,
             training=training,
         )
-        self._bad_samples = bad_samples_of(beton, on_error)
+        # Crops of 8 bits in DALI's hands, and finished views of one batch; on a GPU, memory that torch knows better.
+        if self.device.type == "cpu":
+            local_batch_size = min(self._batch_size, beton.num_samples)
+            check_batches_fit(recipe, local_batch_size, batches_ahead + 5, bytes_per_number=1)
+        self._bad_samples = bad_samples_of(beton, on_error, training=training)
         self._check = JpegCheck(beton, num_threads)
         self._maker = BatchMaker(beton, recipe, self._plan, self._bad_samples, self._check, photometric)
         self._idle: ViewPipeline | None = None  # left by a whole epoch
@@ -164,8 +172,10 @@ class DALILoader:
         """Condemn the samples for which DALI failed a batch, by giving it one sample at a time.
 
         Raises:
-            RuntimeError: it takes each of them.
+            RuntimeError: it takes each of them, or there is no memory.
         """
+        if OUT_OF_MEMORY.search(str(failure)):
+            raise RuntimeError(_out_of_memory(failure))
         found = False
         probe = self._make_pipeline(batch_size=1)
         probe.begin(self._maker.one_by_one(drawn))
@@ -173,6 +183,8 @@ class DALILoader:
             try:
                 probe.run()
             except RuntimeError as error:
+                if OUT_OF_MEMORY.search(str(error)):
+                    raise RuntimeError(_out_of_memory(error)) from error
                 self._check.condemn(sample, self._check.again(sample) or _in_one_line(error))
                 found = True
         probe.close()
@@ -290,6 +302,13 @@ class _EpochRun:
         self._error = None  # of a later batch, which comes again
         self._pipeline = self._loader._take_pipeline()
         self._pipeline.begin(self)
+
+
+def _out_of_memory(error: RuntimeError) -> str:
+    return (
+        "DALI ran out of memory; use a smaller `data.global_batch_size`, fewer or smaller views, or a lower "
+        f"`data.batches_ahead` ({_in_one_line(error)})"
+    )
 
 
 def _in_one_line(failure: RuntimeError) -> str:

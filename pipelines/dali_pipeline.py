@@ -33,6 +33,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
+from pipelines.batch import MissingPackage
 from pipelines.params import BRIGHTNESS, CONTRAST, HUE, SATURATION, VIEW_PARAMS, ViewParams
 from pipelines.recipe import Recipe, ViewRecipe
 
@@ -51,13 +52,13 @@ def import_dali() -> Any:
     """The module `nvidia.dali`.
 
     Raises:
-        RuntimeError: it is not installed.
+        MissingPackage: it is not installed.
     """
     try:
         import nvidia.dali.fn
         import nvidia.dali.types
     except ImportError as error:
-        raise RuntimeError(
+        raise MissingPackage(
             f"`data.loader: dali` needs DALI, which cannot be imported ({error}); install the package "
             "`nvidia-dali-cuda130`, or set `data.loader` to `ffcv`"
         ) from error
@@ -74,8 +75,8 @@ def check_recipe(recipe: Recipe) -> None:
         for name in CANNOT:
             if getattr(view, name) > 0.0:
                 raise ValueError(
-                    f"`data.photometric: dali` has nothing for `{name}`, which is {getattr(view, name)} in view {v}; "
-                    "set `data.photometric` to `ours`"
+                    f"`data.photometric: dali` has nothing for `{name}`, which is {getattr(view, name)} in view "
+                    f"{v + 1}; set `data.photometric` to `ours`"
                 )
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from pipelines.bad_samples import OnError, bad_samples_of
 from pipelines.batch import Batch
 from pipelines.beton import MODE_RAW, Beton
-from pipelines.buffers import buffer_bytes, check_host_memory
+from pipelines.buffers import buffer_bytes, check_batches_fit
 from pipelines.geometry.crop_resize import PackedImages, crop_resize
 from pipelines.photometric.chain import photometric_chain
 from pipelines.photometric.reference import to_device
@@ -98,7 +98,7 @@ class FFCVLoader:
             world_size=world_size,
             training=training,
         )
-        self._bad_samples = bad_samples_of(beton, on_error)
+        self._bad_samples = bad_samples_of(beton, on_error, training=training)
         self._batches_ahead, self._output = batches_ahead, output
         self._renderer = Renderer(
             beton,
@@ -112,12 +112,8 @@ class FFCVLoader:
         )
         self._sender = Sender(self.device)
         local_batch_size = -(-min(global_batch_size, beton.num_samples) // world_size)
-        check_host_memory(
-            buffer_bytes(self._renderer.batch_bytes(local_batch_size), pinned=self.device.type == "cuda")
-            * (batches_ahead + 2),
-            f"{batches_ahead + 2} batches of {local_batch_size} images with {len(recipe.views)} views",
-            "use a smaller batch, fewer or smaller views, or a lower `data.batches_ahead`",
-        )
+        batch_bytes = buffer_bytes(self._renderer.batch_bytes(local_batch_size), pinned=self.device.type == "cuda")
+        check_batches_fit(recipe, local_batch_size, batches_ahead + 2, bytes_per_number=4, batch_bytes=batch_bytes)
 
     def __len__(self) -> int:
         """Batches in an epoch."""

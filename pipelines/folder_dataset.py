@@ -9,6 +9,7 @@ Legend: N images, V views, S side of a view.
 from __future__ import annotations
 
 import struct
+import warnings
 from pathlib import Path
 from typing import NamedTuple
 
@@ -119,8 +120,10 @@ def decode_image(file: str) -> Tensor:
         ValueError: it cannot be decoded; the message is the reason.
     """
     try:
-        with Image.open(file) as image:
-            pixels = np.array(image.convert("RGB"))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of damaged EXIF data, which is not used
+            with Image.open(file) as image:
+                pixels = np.array(image.convert("RGB"))
     except UnidentifiedImageError as error:
         raise ValueError("is not an image of a known format") from error
     except (OSError, SyntaxError, ValueError, IndexError, struct.error, Image.DecompressionBombError) as error:

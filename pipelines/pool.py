@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -80,14 +81,16 @@ class DecodePool:
     """
 
     def __init__(self, num_threads: int, view_sizes: Sequence[int], filter_radius: int = TRIANGLE) -> None:
-        self._local = threading.local()
-        self._view_sizes, self._filter_radius = view_sizes, filter_radius
         self._workers: list[Worker] = []
-        self._executor = ThreadPoolExecutor(num_threads, thread_name_prefix="decode", initializer=self._start_thread)
+        self._local = threading.local()
+        start = partial(_start_thread, self._local, self._workers, view_sizes, filter_radius)
+        # The threads know nothing of the pool, so that they end with a pool that is dropped without `close`.
+        self._executor = ThreadPoolExecutor(num_threads, thread_name_prefix="decode", initializer=start)
 
     def submit(self, work: Callable[[Worker], None]) -> Future[None]:
         """Queue a chunk; `work` is called with the worker of whichever thread takes it."""
-        return self._executor.submit(lambda: work(self._local.worker))
+        local = self._local
+        return self._executor.submit(lambda: work(local.worker))
 
     def close(self) -> None:
         """Drop the chunks that have not begun, wait for those that have, and free the threads' memory."""
@@ -95,6 +98,7 @@ class DecodePool:
         while self._workers:
             self._workers.pop().decompressor.close()
 
-    def _start_thread(self) -> None:
-        self._local.worker = Worker(self._view_sizes, self._filter_radius)
-        self._workers.append(self._local.worker)
+
+def _start_thread(local: threading.local, workers: list[Worker], view_sizes: Sequence[int], filter_radius: int) -> None:
+    local.worker = Worker(view_sizes, filter_radius)
+    workers.append(local.worker)

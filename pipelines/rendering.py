@@ -26,7 +26,7 @@ from pipelines.beton import Beton
 from pipelines.buffers import HostBuffers
 from pipelines.decode.kernel import REFUSED, WRONG_SIZE, Coloring, Layout, Source, render_kernel, unpack_kernel
 from pipelines.decode.resample import FILTERS
-from pipelines.decode.turbojpeg import addresses, is_harmless
+from pipelines.decode.turbojpeg import ANOTHER_SIZE, addresses, is_harmless
 from pipelines.params import VIEW_PARAMS, ViewParams, recipe_table
 from pipelines.pool import KEPT_PIXELS, DecodePool, Worker
 from pipelines.recipe import Recipe
@@ -115,6 +115,7 @@ class Renderer:
         self._coloring = _coloring(recipe) if target == "views" else None
         self._buffers = HostBuffers(np.float32 if target == "views" else np.uint8, pinned=pinned)
         self._pool = DecodePool(num_threads, [view.size for view in recipe.views], int(self._filters.max()))
+        self._is_closed = False
         self._turbojpeg = addresses()
         self._kernel = unpack_kernel() if target == "images" else render_kernel()
 
@@ -127,6 +128,7 @@ class Renderer:
             out: the flat buffer; by default one that is free.
             tries: counts how many times the batch was begun.
         """
+        self._check_open()
         num = len(samples)
         if self.target == "images":
             lengths = 3 * self._num_pixels[samples]
@@ -153,6 +155,7 @@ class Renderer:
         Raises:
             ValueError: a sample cannot be decoded; it is named.
         """
+        self._check_open()
         for chunk in rendering.chunks:
             chunk.result()
         if rendering.is_void:
@@ -180,7 +183,12 @@ class Renderer:
 
     def close(self) -> None:
         """Stop the threads and free their memory."""
+        self._is_closed = True
         self._pool.close()
+
+    def _check_open(self) -> None:
+        if self._is_closed:
+            raise RuntimeError("the loader is closed; make another one")
 
     def _chunk_size(self, num_images: int) -> int:
         """Images that a thread takes at a time."""
@@ -195,28 +203,24 @@ class Renderer:
             stop, status = self._run(rendering, begin, end, worker, tolerant=False)
             if stop == end:
                 return
-            reason = (
-                "its size is not the one in the file's table"
-                if status == WRONG_SIZE
-                else worker.decompressor.last_error()
-            )
+            reason = ANOTHER_SIZE if status == WRONG_SIZE else worker.decompressor.last_error()
             if status == REFUSED and is_harmless(reason, self.beton.encoded(int(rendering.samples[stop]))):
                 self._run(rendering, stop, stop + 1, worker, tolerant=True)
-                begin = stop + 1
+                begin, tries = stop + 1, 0
                 continue
             tries = tries + 1 if stop == begin else 1
             bad = int(rendering.samples[stop])
             rendering.samples[stop] = self._bad_samples.replace(bad, reason, max(tries, rendering.tries))
             begin = stop
-            if self.target == "images":
+            if self.target == "images":  # the next turn of the whole batch tries the row that stands in
                 rendering.is_void = True
-                begin += 1
+                begin, tries = stop + 1, 0
 
     def _run(self, rendering: Rendering, begin: int, end: int, worker: Worker, *, tolerant: bool) -> tuple[int, int]:
         """Call the kernel: the position where it stopped, and why."""
         samples = rendering.samples[begin:end]
         scratch = worker.scratch(*(self._largest if self._largest[0] <= KEPT_PIXELS else self._needed(samples)))
-        native = (self._turbojpeg, worker.decompressor.handle, scratch)
+        native = (self._turbojpeg, worker.decompressor.handles, scratch)
         epoch_key, out = key_of(self._seed, rendering.epoch)[0], rendering.out.numpy()
         common = (self._source, rendering.samples, self._table, epoch_key, rendering.params, begin, end)
         if self.target == "images":

@@ -12,9 +12,9 @@ Legend: M images of the set, N images of a batch.
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from functools import partial
 from typing import Any
 
@@ -26,8 +26,8 @@ from torch import Tensor
 from pipelines.bad_samples import BadSamples, OnError, bad_samples_of
 from pipelines.batch import Batch
 from pipelines.beton import MODE_RAW, Beton
-from pipelines.buffers import free_host_memory
-from pipelines.decode.turbojpeg import Decompressor, is_harmless, library
+from pipelines.buffers import check_batches_fit, free_host_memory
+from pipelines.decode.turbojpeg import PIXEL_FORMAT_RGB, Decompressor
 from pipelines.geometry.crop_resize import PackedImages, crop_resize
 from pipelines.params import draw_views
 from pipelines.photometric.chain import photometric_chain
@@ -37,7 +37,6 @@ from pipelines.recipe import Recipe
 
 BLOCK_BYTES = 2**26  # decoded on the host at a time, then copied: the host need not hold the set
 SAMPLES_PER_CHUNK = 64  # that a thread takes at a time
-PIXEL_FORMAT_RGB = 0  # TJPF_RGB
 GIB = 2**30
 SHARE_OF_MEMORY = 0.5  # that the set may take: activations, which come later, want theirs
 
@@ -88,7 +87,10 @@ class ResidentLoader:
             world_size=world_size,
             training=training,
         )
-        self._bad_samples = bad_samples_of(beton, on_error)
+        self._bad_samples = bad_samples_of(beton, on_error, training=training)
+        local_batch_size = -(-min(global_batch_size, beton.num_samples) // world_size)
+        if self.device.type == "cpu":
+            check_batches_fit(recipe, local_batch_size, 2, bytes_per_number=4)
         check_memory(beton, self.device)
         reader = _Reader(beton, self._bad_samples)
         self._set: PackedImages | None = reader.pack(self.device, num_threads)
@@ -151,8 +153,8 @@ def check_memory(beton: Beton, device: torch.device) -> None:
     needed, free = int(_ends(beton)[-1]), free_bytes(device)
     if needed > free * SHARE_OF_MEMORY:
         raise ValueError(
-            f"`data.loader: resident` must fit into {SHARE_OF_MEMORY:.0%} of {device}'s free memory, the rest being the "
-            f"model's: the pixels of the {beton.num_samples} images of {beton.path} need {needed / GIB:.2f} GiB, "
+            f"`data.loader: resident` must fit into {SHARE_OF_MEMORY:.0%} of {device}'s free memory (the model has the "
+            f"rest): the pixels of the {beton.num_samples} images of {beton.path} need {needed / GIB:.2f} GiB, "
             f"{free / GIB:.2f} GiB are free; use another loader, or convert with a smaller `--max-side`"
         )
 
@@ -207,16 +209,15 @@ class _Reader:
     def _decode_chunk(self, block: NDArray[np.uint8], begin: int, end: int, first: int) -> None:
         """Decode the samples of a block from `first` on into it, as many as a thread takes at a time."""
         beton, origin = self._beton, self._begins[begin]
-        decompressor = Decompressor()
-        for i in range(first, min(first + SAMPLES_PER_CHUNK, end)):
-            out = block[self._begins[i] - origin : self._ends[i] - origin]
-            if beton.modes[i] == MODE_RAW:
-                out[:] = beton.encoded(i)
-            elif reason := decode_jpeg(
-                decompressor, beton.encoded(i), int(beton.widths[i]), int(beton.heights[i]), out
-            ):
-                self._reasons[i] = reason
-        decompressor.close()
+        with closing(Decompressor()) as decompressor:
+            for i in range(first, min(first + SAMPLES_PER_CHUNK, end)):
+                out = block[self._begins[i] - origin : self._ends[i] - origin]
+                if beton.modes[i] == MODE_RAW:
+                    out[:] = beton.encoded(i)
+                    continue
+                size = int(beton.widths[i]), int(beton.heights[i])
+                if reason := decompressor.decompress(beton.encoded(i), *size, out, PIXEL_FORMAT_RGB):
+                    self._reasons[i] = reason
 
     def _replace_bad_samples(self) -> None:
         """Raise, or choose the row that is used in the place of each that could not be decoded."""
@@ -226,35 +227,6 @@ class _Reader:
                 tries += 1
                 sample = self._bad_samples.replace(sample, self._reasons[sample], tries)
             self.stand_ins[bad] = sample
-
-
-def decode_jpeg(
-    decompressor: Decompressor, jpeg: NDArray[np.uint8], width: int, height: int, out: NDArray[np.uint8]
-) -> str | None:
-    """Decode a JPEG to RGB; other threads run meanwhile.
-
-    Args:
-        decompressor: that no other thread uses.
-        jpeg: the file, uint8 [bytes].
-        width: that it must have.
-        height: likewise.
-        out: uint8 [height · width · 3]; written.
-
-    Returns:
-        Why it could not be decoded, or None.
-    """
-    found_width, found_height, subsampling, colorspace = (ctypes.c_int() for _ in range(4))
-    source = ctypes.c_void_p(decompressor.handle), ctypes.c_void_p(jpeg.ctypes.data), ctypes.c_ulong(jpeg.size)
-    header = (ctypes.byref(number) for number in (found_width, found_height, subsampling, colorspace))
-    if library().tjDecompressHeader3(*source, *header):
-        return decompressor.last_error()
-    if (found_width.value, found_height.value) != (width, height):
-        return "its size is not the one in the file's table"
-    target = ctypes.c_void_p(out.ctypes.data)
-    if library().tjDecompress2(*source, target, width, width * 3, height, PIXEL_FORMAT_RGB, 0):
-        reason = decompressor.last_error()
-        return None if is_harmless(reason, jpeg) else reason
-    return None
 
 
 def _ends(beton: Beton) -> NDArray[np.int64]:

@@ -29,6 +29,7 @@ from torch import Tensor
 from pipelines.augment import AugmentConfig, build_recipe
 from pipelines.batch import Batch, Loader
 from pipelines.beton import MODE_RAW, Beton, open_beton
+from pipelines.build import DataConfig
 from pipelines.ffcv_loader import FFCVLoader
 from pipelines.folder_dataset import decode_image
 from pipelines.folder_loader import FolderLoader
@@ -60,11 +61,15 @@ class PreviewConfig:
     """In which the views are drawn."""
     seed: int = 0
     """Of the run."""
+    scaled_decode: bool = DataConfig.scaled_decode
+    """As `data.scaled_decode` of a run."""
     augment: AugmentConfig = AugmentConfig()
 
     def __post_init__(self) -> None:
         if Path(self.out).suffix.lower() not in {PNG, HTML}:
             raise ValueError(f"`out` must be named *.png or *.html, got {self.out}")
+        if not Path(self.out).parent.is_dir():
+            raise ValueError(f"`out` must lie in a folder that exists, got {self.out}; make {Path(self.out).parent}")
         for name, low in (("images", 1), ("start", 0), ("epoch", 0), ("seed", 0)):
             if getattr(self, name) < low:
                 raise ValueError(f"`{name}` must be at least {low}, got {getattr(self, name)}")
@@ -84,7 +89,7 @@ def parse_config(arguments: Sequence[str] | None = None) -> PreviewConfig:
         allow_abbrev=False,
     )
     parser.add_argument("source", help="a `.beton`, or a folder of images")
-    parser.add_argument("--config", help="a run's YAML: its `augment` and `seed` are taken")
+    parser.add_argument("--config", help="a run's YAML: its `augment`, `seed` and `data.scaled_decode` are taken")
     parser.add_class_arguments(PreviewConfig, skip={"source"})
     first = parse(parser, arguments)
     if first.config is not None:
@@ -108,7 +113,11 @@ def read_sections(path: Path) -> dict[str, Any]:
         raise ValueError(f"`--config` must name a YAML file of sections and options, got {path}")
     if unknown := sorted(str(name) for name in set(found) - set(PretrainConfig.__dataclass_fields__)):
         raise ValueError(f"`--config` must name a run's configuration; {path} has the unknown section `{unknown[0]}`")
-    return {name: found[name] for name in ("augment", "seed") if name in found}
+    sections = {name: found[name] for name in ("augment", "seed") if name in found}
+    data = found.get("data")
+    if isinstance(data, dict) and "scaled_decode" in data:
+        sections["scaled_decode"] = data["scaled_decode"]
+    return sections
 
 
 def write_preview(config: PreviewConfig) -> Path:
@@ -145,7 +154,14 @@ def make_sheet(config: PreviewConfig) -> Sheet:
 
 def _of_beton(config: PreviewConfig, beton: Beton, recipe: Recipe) -> list[Shown]:
     rows = _rows(config, beton.num_samples)
-    loader = FFCVLoader(beton, recipe, seed=config.seed, global_batch_size=config.images, training=False)
+    loader = FFCVLoader(
+        beton,
+        recipe,
+        seed=config.seed,
+        global_batch_size=config.images,
+        training=False,
+        scaled_decode=config.scaled_decode,
+    )
     try:
         views = _views(loader, rows, config)
     finally:

@@ -22,7 +22,7 @@ from PIL import Image
 from torch import Tensor
 
 from pipelines.augment import build_recipe
-from pipelines.build import DataConfig, build_loader, open_data
+from pipelines.build import build_loader, open_data
 from pipelines.recipe import Recipe
 from train.checkpoint import latest_checkpoint, load_checkpoint
 from train.cli import run
@@ -136,7 +136,14 @@ def _contact_sheet(config: PretrainConfig) -> str:
     """The views of the first images of epoch 0: a column an image, a row a view."""
     if not Path(config.data.path).exists():
         return f"<p>{html.escape(config.data.path)} is not here.</p>"
-    data_config = config.data if config.data.loader == "folder" else DataConfig(path=config.data.path)
+    data_config = dataclasses.replace(
+        config.data,
+        loader="folder" if config.data.loader == "folder" else "ffcv",
+        photometric="ours",
+        geometry="auto",
+        num_threads=1,
+        on_error="skip",
+    )
     data = open_data(data_config)
     recipe = build_recipe(config.augment)
     loader = build_loader(

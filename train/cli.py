@@ -94,6 +94,8 @@ def _unfit_optional(key: str, kinds: str, found: str) -> str:
 
 
 def _kind(annotation: str) -> str:
+    if match := re.search(r"tuple\[((?:float|int)(?:, (?:float|int))*)\]", annotation):
+        return f"a list of {match[1].count(',') + 1} numbers"
     if "tuple" in annotation:
         return "a list such as [1, 2]"
     plain = re.search(r"<class '(\w+)'>", annotation)

@@ -6,6 +6,7 @@ process group, a model or a folder exists.
 
 import os
 import sys
+from contextlib import closing
 from pathlib import Path
 
 if not __package__:  # started as a file: put the project's root, not this folder, on the path
@@ -18,14 +19,15 @@ import torch
 
 from model.build import build_method
 from pipelines.augment import build_recipe
-from pipelines.build import build_loader, check_batch_size, open_data
-from train.cli import run
-from train.config import claim_run_dir, parse_pretrain_config
+from pipelines.batch import Loader
+from pipelines.build import MissingPackage, build_loader, check_batch_size, open_data
+from train.cli import UnfitEnvironment, run
+from train.config import PretrainConfig, claim_run_dir, parse_pretrain_config
 from train.engine import Engine, init_process_group
 from train.loop import Pretraining
 from train.optim.lars import LARS
 from train.optim.param_groups import param_groups
-from train.runtime import choose_device, configure_logging, cores_per_rank, keep_freed_memory, read_ranks
+from train.runtime import Ranks, choose_device, configure_logging, cores_per_rank, keep_freed_memory, read_ranks
 from train.schedule import num_warmup_steps
 
 
@@ -39,13 +41,33 @@ def main() -> None:
     total_steps = config.train.epochs * steps_per_epoch
     warmup_steps = num_warmup_steps(config.schedule, steps_per_epoch=steps_per_epoch, total_steps=total_steps)
     device = choose_device(config.train.device, ranks)
-    claim_run_dir(config)
-    configure_logging(config.run_dir, ranks)
-
     num_cores = cores_per_rank(ranks)
     torch.set_num_threads(config.train.cpu_threads or num_cores)
     if device.type == "cpu":
         keep_freed_memory()
+    try:
+        loader = build_loader(
+            config.data,
+            data,
+            build_recipe(config.augment),
+            seed=config.seed,
+            rank=ranks.rank,
+            world_size=ranks.world_size,
+            device=device,
+            dtype=torch.bfloat16 if config.train.precision == "bf16" else torch.float32,
+            num_cores=num_cores,
+        )
+    except MissingPackage as error:
+        raise UnfitEnvironment(str(error)) from error
+    with closing(loader):
+        _train(config, ranks, device, loader, num_warmup_steps=warmup_steps)
+
+
+def _train(
+    config: PretrainConfig, ranks: Ranks, device: torch.device, loader: Loader, *, num_warmup_steps: int
+) -> None:
+    claim_run_dir(config)
+    configure_logging(config.run_dir, ranks)
     init_process_group(device)
     method = build_method(config.model, config.seed)
     optimizer = LARS(
@@ -62,24 +84,10 @@ def main() -> None:
         precision=config.train.precision,
         local_batch_size=config.data.global_batch_size // ranks.world_size,
     )
-    loader = build_loader(
-        config.data,
-        data,
-        build_recipe(config.augment),
-        seed=config.seed,
-        rank=ranks.rank,
-        world_size=ranks.world_size,
-        device=device,
-        dtype=torch.bfloat16 if config.train.precision == "bf16" else torch.float32,
-        num_cores=num_cores,
-    )
-    try:
-        pretraining = Pretraining(config, method, optimizer, engine, loader, ranks, warmup_steps=warmup_steps)
-        pretraining.restore()
-        pretraining.check_ranks_agree()
-        pretraining.run()
-    finally:
-        loader.close()
+    pretraining = Pretraining(config, method, optimizer, engine, loader, ranks, warmup_steps=num_warmup_steps)
+    pretraining.restore()
+    pretraining.check_ranks_agree()
+    pretraining.run()
 
 
 if __name__ == "__main__":

@@ -26,6 +26,8 @@ from pipelines.decode.turbojpeg import (
     PIXEL_FORMAT_RGBX,
     call_decompress,
     call_decompress_header,
+    call_destroy,
+    call_init,
 )
 from pipelines.params_numba import draw
 from pipelines.photometric import numba_kernels
@@ -101,7 +103,7 @@ class Scratch(NamedTuple):
 
 
 @njit(nogil=True)
-def decode(source, sample, reduction, top, bottom, turbojpeg, handle, scratch):
+def decode(source, sample, reduction, top, bottom, turbojpeg, handles, scratch):
     """Decode one sample to RGBX.
 
     Args:
@@ -111,7 +113,7 @@ def decode(source, sample, reduction, top, bottom, turbojpeg, handle, scratch):
         top: first row of the whole image that is needed; what lies elsewhere may be left undefined.
         bottom: one past the last.
         turbojpeg: addresses, `pipelines.decode.turbojpeg.TurboJPEG`.
-        handle: of a decompressor that no other thread uses.
+        handles: int64 [1]; of a decompressor that no other thread uses; gets a fresh one.
         scratch: `Scratch`.
 
     Returns:
@@ -126,6 +128,11 @@ def decode(source, sample, reduction, top, bottom, turbojpeg, handle, scratch):
     if source.modes[sample] == MODE_RAW:
         pack(encoded[: 3 * num_pixels], flat)
         return OK, image
+    # A fresh one for each image (0.5 µs): after a header that it refuses, a decompressor refuses sound images too, and
+    # it lends one image's tables to the next that lacks them.
+    call_destroy(turbojpeg.destroy, handles[0])
+    handles[0] = call_init(turbojpeg.init)
+    handle = handles[0]
     size, first_row, num_rows = keep_rows(
         encoded, source.widths[sample], source.heights[sample], top, bottom, scratch.jpeg
     )
@@ -155,7 +162,7 @@ def unpack_kernel() -> Callable[..., tuple[int, int]]:
 
     @njit(nogil=True, cache=True)
     def unpack(
-        source, samples, table, epoch_key, params, begin, end, tolerant, turbojpeg, handle, scratch, starts, out
+        source, samples, table, epoch_key, params, begin, end, tolerant, turbojpeg, handles, scratch, starts, out
     ):
         """Draw the views of positions [begin, end) of a batch, and decode the images whole.
 
@@ -173,7 +180,7 @@ def unpack_kernel() -> Callable[..., tuple[int, int]]:
                 first = source.offsets[samples[i]]
                 target[:] = source.data[first : first + num]
                 continue
-            status, image = decode(source, samples[i], 1, 0, height, turbojpeg, handle, scratch)
+            status, image = decode(source, samples[i], 1, 0, height, turbojpeg, handles, scratch)
             if status != OK and not (status == REFUSED and tolerant):
                 return i, status
             flat = image.reshape(-1)
@@ -241,7 +248,7 @@ def render_kernel() -> Callable[..., tuple[int, int]]:
         tolerant,
         scaled,
         turbojpeg,
-        handle,
+        handles,
         scratch,
         layout,
         coloring,
@@ -260,7 +267,7 @@ def render_kernel() -> Callable[..., tuple[int, int]]:
             tolerant: accept the pixels of a JPEG of which libjpeg-turbo complained.
             scaled: decode JPEGs at half or quarter scale where no window becomes smaller than its view.
             turbojpeg: as for `decode`.
-            handle: as for `decode`.
+            handles: as for `decode`.
             scratch: `Scratch`.
             layout: `Layout`.
             coloring: `Coloring`: `out` gets finished views; or None: `out` gets crops.
@@ -276,7 +283,7 @@ def render_kernel() -> Callable[..., tuple[int, int]]:
             if scaled and source.modes[samples[i]] != MODE_RAW:
                 reduction = _reduction(params[i], layout.sizes)
             top, bottom = _rows(params[i])
-            status, image = decode(source, samples[i], reduction, top, bottom, turbojpeg, handle, scratch)
+            status, image = decode(source, samples[i], reduction, top, bottom, turbojpeg, handles, scratch)
             if status != OK and not (status == REFUSED and tolerant):
                 return i, status
             for v in range(layout.sizes.size):

@@ -72,11 +72,16 @@ def keep_rows(encoded, width, height, top, bottom, out):
         end -= 2  # the marker behind the last row, whose place the end of the image takes
     size = header_end + end - begin
     out[header_end:size] = encoded[begin:end]
-    for row in range(first + 1, last):
+    for row in range(max(first, 1), min(last, num_rows - 1) + 1):  # also where the file is cut
         marker = _little_32(encoded, table + 4 * row) - 2
-        if not begin <= marker < end - 1 or encoded[marker] != 0xFF or encoded[marker + 1] != RST0 + (row - 1) % 8:
+        if not header_end <= marker < encoded.size - 1 or encoded[marker] != 0xFF:
             return nothing
-        out[header_end + marker - begin + 1] = RST0 + (row - first - 1) % 8
+        if encoded[marker + 1] != RST0 + (row - 1) % 8:
+            return nothing
+        if first < row < last:
+            if not begin <= marker < end - 1:
+                return nothing
+            out[header_end + marker - begin + 1] = RST0 + (row - first - 1) % 8
     out[size], out[size + 1] = 0xFF, EOI
     return size + 2, first * block_height, kept
 

@@ -20,7 +20,8 @@ from numba import types
 from numba.extending import intrinsic
 from numpy.typing import NDArray
 
-PIXEL_FORMAT_RGBX = 2  # TJPF_RGBX
+PIXEL_FORMAT_RGB, PIXEL_FORMAT_RGBX, PIXEL_FORMAT_GRAY = 0, 2, 6  # TJPF_*
+ANOTHER_SIZE = "its size is not the one in the file's table"
 _JUNK_AT_THE_END = "extraneous bytes before marker 0xd9"
 _RESTART_INTERVAL = b"\xff\xdd\x00\x04"  # begins the segment that announces restart markers
 NUM_CHANNELS = 4  # of RGBX: four bytes a pixel keep the resampler's vectors aligned
@@ -29,6 +30,8 @@ NUM_CHANNELS = 4  # of RGBX: four bytes a pixel keep the resampler's vectors ali
 class TurboJPEG(NamedTuple):
     """Addresses of the functions that kernels call."""
 
+    init: int
+    destroy: int
     decompress_header: int
     decompress: int
 
@@ -55,18 +58,70 @@ def library() -> ctypes.CDLL:
 
 def addresses() -> TurboJPEG:
     """The addresses that kernels take as arguments."""
-    return TurboJPEG(_address("tjDecompressHeader3"), _address("tjDecompress2"))
+    names = ("tjInitDecompress", "tjDestroy", "tjDecompressHeader3", "tjDecompress2")
+    return TurboJPEG(*map(_address, names))
 
 
 class Decompressor:
     """One libjpeg-turbo handle; not to be shared between threads.
 
     Attributes:
-        handle: the address that kernels take as an argument.
+        handles: int64 [1]; the handle, as kernels take it: they put a fresh one in its place for each image.
     """
 
     def __init__(self) -> None:
-        self.handle: int = library().tjInitDecompress()
+        self.handles = np.array([library().tjInitDecompress()], np.int64)
+
+    @property
+    def handle(self) -> int:
+        """The handle's address."""
+        return int(self.handles[0])
+
+    def renew(self) -> None:
+        """Put a fresh handle in the place of this one, as is done for each image.
+
+        After a header that it refuses, a decompressor refuses sound images too, and it lends one image's tables to the
+        next that lacks them.
+        """
+        self.close()
+        self.handles[0] = library().tjInitDecompress()
+
+    def decompress(
+        self,
+        jpeg: NDArray[np.uint8],
+        width: int,
+        height: int,
+        out: NDArray[np.uint8],
+        pixel_format: int,
+        scale: int = 1,
+    ) -> str | None:
+        """Decode a JPEG; other Python threads run meanwhile.
+
+        Args:
+            jpeg: uint8 [bytes].
+            width: that the image must have, pixels.
+            height: likewise.
+            out: uint8, contiguous; written: ⌈height / scale⌉ rows of ⌈width / scale⌉ pixels.
+            pixel_format: one of PIXEL_FORMAT_*.
+            scale: 1, 2, 4 or 8.
+
+        Returns:
+            None, or the reason why it is not the image that it should be.
+        """
+        self.renew()
+        turbojpeg, handle = library(), ctypes.c_void_p(self.handle)
+        source = ctypes.c_void_p(jpeg.ctypes.data), ctypes.c_ulong(jpeg.size)
+        found = [ctypes.c_int() for _ in range(4)]  # width, height, subsampling, colour space
+        if turbojpeg.tjDecompressHeader3(handle, *source, *map(ctypes.byref, found)):
+            return self.last_error()
+        if (found[0].value, found[1].value) != (width, height):
+            return ANOTHER_SIZE
+        target = ctypes.c_void_p(out.ctypes.data)
+        size = -(-width // scale), 0, -(-height // scale)
+        if turbojpeg.tjDecompress2(handle, *source, target, *size, pixel_format, 0):
+            reason = self.last_error()
+            return None if is_harmless(reason, jpeg) else reason
+        return None
 
     def last_error(self) -> str:
         """What libjpeg-turbo said of the last image that it refused or complained of."""
@@ -76,15 +131,16 @@ class Decompressor:
         """Free the handle."""
         if self.handle:
             library().tjDestroy(self.handle)
-            self.handle = 0
+            self.handles[0] = 0
 
 
 def is_harmless(warning: str, jpeg: bytes | NDArray[np.uint8]) -> bool:
     """Whether every pixel was decoded although libjpeg-turbo complained: there was only junk before the end's marker.
 
-    It remembers the first warning alone, and nothing can have gone wrong after this one; junk before any other marker
-    may hide worse damage. So may this one where there are restart markers: the decoder goes on to the next of them, or
-    to the end, with gray in the place of what is missing.
+    Nothing of the file comes after it, and Pillow takes the same pixels. (They may be wrong: damage that derails the
+    entropy decoder without leading it into a wall looks the same.) libjpeg-turbo remembers the first warning alone, so
+    junk before any other marker may hide worse damage. So may this one where there are restart markers: the decoder
+    goes on to the next of them, or to the end, with gray in the place of what is missing.
     """
     return _JUNK_AT_THE_END in warning and _RESTART_INTERVAL not in bytes(jpeg)
 
@@ -108,6 +164,27 @@ def _emit_call(builder: Any, values: Sequence[Any], argument_types: Sequence[ir.
         for value, kind in zip(values[1:], argument_types, strict=True)
     ]
     return builder.call(function, arguments)
+
+
+@intrinsic
+def call_init(typing_context, address):
+    """`tjInitDecompress`; returns the handle's address, or 0."""
+
+    def generate(context, builder, signature, values):
+        function = builder.inttoptr(values[0], ir.FunctionType(_POINTER, []).as_pointer())
+        return builder.call(function, [])
+
+    return types.intp(types.intp), generate
+
+
+@intrinsic
+def call_destroy(typing_context, address, handle):
+    """`tjDestroy`; returns 0, or −1."""
+
+    def generate(context, builder, signature, values):
+        return _emit_call(builder, values, [_POINTER])
+
+    return types.int32(*[types.intp] * 2), generate
 
 
 @intrinsic

@@ -25,6 +25,7 @@ SOURCES = (
     "pipelines.photometric.numba_kernels",
     "pipelines.photometric.numba_study",
     "pipelines.simd",
+    "pipelines.params",
     "pipelines.rng",
 )
 """The modules whose code is compiled into the chain."""

@@ -128,7 +128,9 @@ def test_options_reach_every_view(name):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"local_views": -1}, "`augment.local_views` must be 0 or more"),
+        ({"recipe": "dino", "local_views": -1}, "`augment.local_views` must be 0 or more"),
+        ({"local_views": 2}, "`augment.local_views` needs `augment.recipe` dino, got simclr"),
+        ({"recipe": "one_branch", "branch_transformations": ("crop", "crop")}, "must name each once"),
         ({"recipe": "dino", "local_crop_area": (0.4, 0.05)}, "`crop_area` must be a rising range"),
         ({"recipe": "dino", "local_size": 0}, "`size` of a view must be at least 1"),
         ({"blur_prob": 1.1}, "`blur_prob` must be a probability"),

@@ -29,7 +29,7 @@ WINDOW = ("top", "left", "height", "width")
 
 @pytest.mark.parametrize("name", ["simclr", "moco_v2", "byol", "dino"])
 def test_factors_sigmas_and_probabilities_are_the_recipes(name):
-    recipe = build_recipe(AugmentConfig(recipe=name, local_views=1))
+    recipe = build_recipe(AugmentConfig(recipe=name))
     params = draw(recipe)
     for v, view in enumerate(recipe.views):
         p = params[:, v]

@@ -1,7 +1,9 @@
 """Images that no recipe was made for: each gives its views, or an answer that names the sample."""
 
 import dataclasses
-import re
+import gc
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ import torch
 
 from pipelines.augment import AugmentConfig, build_recipe, center_recipe
 from pipelines.beton import open_beton
+from pipelines.build import DataConfig, build_loader, open_data
 from pipelines.ffcv_loader import FFCVLoader
 from pipelines.recipe import Recipe, ViewRecipe
 from tests.pipelines.betons import make_beton
@@ -93,13 +96,19 @@ def test_a_scaled_decode_never_makes_a_window_smaller_than_its_view(views, tmp_p
     assert mean < 2.0
 
 
-def test_more_views_than_memory_are_refused_before_any_is_made(tmp_path):
+@pytest.mark.parametrize("loader", ["ffcv", "dali", "resident", "folder"])
+def test_more_views_than_memory_are_refused_before_any_is_made(tmp_path, loader):
     beton = make_beton(tmp_path, [(20, 10)] * 4, encode="raw")
     recipe = Recipe(views=(ViewRecipe(size=30_000),) * 500)
-    message = r"batches of 4 images with 500 views need \d+ GB of memory, \d+ GB are free; use a smaller batch"
-    with pytest.raises(ValueError, match=message) as error:
-        FFCVLoader(beton, recipe, seed=0, global_batch_size=4)
-    assert re.search(r"`data.batches_ahead`", str(error.value))
+    config = DataConfig(
+        path=str(tmp_path / "images" if loader == "folder" else beton.path), loader=loader, global_batch_size=4
+    )
+    ranks = {"seed": 0, "rank": 0, "world_size": 1, "num_cores": 1}
+    message = (
+        r"batches of 4 images with 500 views need \d+ GB of memory, \d+ GB are free; use a smaller `data"
+    )
+    with pytest.raises(ValueError, match=message):
+        build_loader(config, open_data(config), recipe, device=torch.device("cpu"), dtype=torch.float32, **ranks)
 
 
 def test_evaluation_of_ugly_images_uses_their_centre(views, tmp_path):
@@ -107,3 +116,77 @@ def test_evaluation_of_ugly_images_uses_their_centre(views, tmp_path):
     batch = views(beton, center_recipe(AugmentConfig(size=16)), training=False)
     rows = beton.encoded(1).reshape(200, 3)
     assert (batch.views[0][1] * 255).round()[:, 0, 0].tolist() == rows[99].tolist()
+
+
+def changed(beton, sample, change, folder):
+    """A copy of the file in which one sample's bytes are changed."""
+    data = bytearray(beton.path.read_bytes())
+    start, size = int(beton.offsets[sample]), int(beton.sizes[sample])
+    data[start : start + size] = change(bytes(data[start : start + size]))
+    path = folder / "changed.beton"
+    path.write_bytes(data)
+    return open_beton(path)
+
+
+def unknown_frame(jpeg):
+    """A frame header that no decoder knows."""
+    return jpeg.replace(b"\xff\xc0\x00\x11", b"\xff\xcf\x00\x11")
+
+
+def missing_table(jpeg):
+    """A quantisation table under a name that no component asks for."""
+    at = jpeg.index(b"\xff\xdb") + 4
+    return jpeg[:at] + b"\x03" + jpeg[at + 1 :]
+
+
+@pytest.mark.parametrize("change", [unknown_frame, missing_table])
+@pytest.mark.parametrize("loader", ["ffcv", "dali", "resident"])
+def test_a_bad_header_spoils_no_other_image_and_is_refused_whatever_came_before(tmp_path, loader, change):
+    # One thread, so that all images meet the same decompressor.
+    beton = changed(make_beton(tmp_path, [(60, 50)] * 24), 5, change, tmp_path)
+    config = DataConfig(path=str(beton.path), loader=loader, global_batch_size=24, num_threads=1, on_error="skip")
+    ranks = {"seed": 0, "rank": 0, "world_size": 1, "num_cores": 1}
+    made = build_loader(config, beton, SIMCLR, device=torch.device("cpu"), dtype=torch.float32, **ranks)
+    try:
+        for epoch in range(3):
+            indices = next(made.epoch(epoch)).sample_indices.tolist()
+            assert sorted(indices) == sorted([i for i in range(24) if i != 5] + [6])
+    finally:
+        made.close()
+
+
+def test_a_loader_that_is_dropped_ends_its_threads(tmp_path):
+    beton = make_beton(tmp_path, [(20, 20)] * 4, encode="raw")
+    before = threading.active_count()
+    for _ in range(3):
+        next(FFCVLoader(beton, SIMCLR, seed=0, global_batch_size=4, num_threads=2).epoch(0))
+        gc.collect()
+    deadline = time.monotonic() + 20.0
+    while threading.active_count() > before and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert threading.active_count() <= before
+
+
+def test_a_run_of_bad_positions_is_no_run_of_bad_neighbours(tmp_path):
+    # Every other row is bad: in a shuffled batch many stand side by side, but each has a good neighbour in the file.
+    beton = make_beton(tmp_path, [(20, 20)] * 80)
+    data = bytearray(beton.path.read_bytes())
+    for start in beton.offsets[::2].tolist():
+        data[start : start + 8] = bytes(8)
+    beton.path.write_bytes(data)
+    for geometry in ("cpu", "device"):
+        loader = FFCVLoader(
+            open_beton(beton.path), SIMCLR, seed=1, global_batch_size=80, on_error="skip", geometry=geometry
+        )
+        assert all(sample % 2 for sample in next(loader.epoch(0)).sample_indices.tolist())
+        assert loader.num_skipped == 40
+        loader.close()
+
+
+def test_a_closed_loader_says_so(tmp_path):
+    loader = FFCVLoader(make_beton(tmp_path, [(20, 20)] * 8), SIMCLR, seed=0, global_batch_size=2)
+    batches = loader.epoch(0)
+    next(batches)
+    loader.close()
+    with pytest.raises(RuntimeError, match="the loader is closed"):
+        list(batches)

@@ -56,7 +56,7 @@ def decode_bytes(data, width, height, mode=MODE_JPEG, reduction=1):
     scratch = worker.scratch(width * height, max(width, height))
     tables = [np.array([value]) for value in (0, len(data), mode, width, height)]
     source = Source(np.frombuffer(data, np.uint8), *tables)
-    status, image = decode(source, 0, reduction, 0, height, addresses(), worker.decompressor.handle, scratch)
+    status, image = decode(source, 0, reduction, 0, height, addresses(), worker.decompressor.handles, scratch)
     return status, image[..., :3].copy(), worker.decompressor.last_error()
 
 

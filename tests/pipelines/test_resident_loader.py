@@ -163,9 +163,9 @@ def test_a_set_that_does_not_fit_is_refused_before_it_is_decoded(jpegs, monkeypa
     monkeypatch.setattr(resident_loader, "free_bytes", lambda device: 2 * needed)
     resident(jpegs).close()
     monkeypatch.setattr(resident_loader, "free_bytes", lambda device: 2 * needed - 1)
-    monkeypatch.setattr(resident_loader, "decode_jpeg", None)  # whoever called it would fail
+    monkeypatch.setattr(resident_loader, "Decompressor", None)  # whoever called it would fail
     with pytest.raises(
-        ValueError, match=r"must fit into cpu's memory: .* 24 images .* need 0.00 GiB, 0.00 GiB are free"
+        ValueError, match=r"must fit into 50% of cpu's free memory .* 24 images .* need 0.00 GiB, 0.00 GiB are free"
     ):
         resident(jpegs)
 

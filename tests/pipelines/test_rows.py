@@ -78,6 +78,18 @@ def test_files_without_an_index_are_left_alone():
     assert shortened(JPEG, 60, 70, width=WIDTH + 20)[0] == b""
 
 
+def test_no_bit_of_an_index_can_change_a_pixel():
+    start = JPEG.index(INDEX_NAME)
+    end = start + len(INDEX_NAME) + 4 * (-(-HEIGHT // 16) + 1)
+    expected = whole(JPEG)
+    for at in range(start, end):
+        for bit in range(8):
+            jpeg = JPEG[:at] + bytes([JPEG[at] ^ 1 << bit]) + JPEG[at + 1 :]
+            part, first, _ = shortened(jpeg, 50, 60)
+            if part:
+                assert (whole(part)[50 - first : 60 - first] == expected[50:60]).all(), (at, bit)
+
+
 @given(st.data())
 @settings(max_examples=400, deadline=None)
 def test_a_damaged_index_or_header_is_never_followed_out_of_the_file(data):

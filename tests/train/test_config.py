@@ -34,7 +34,7 @@ def test_what_is_written_is_read_back():
         ([*MINIMAL, "--model.temperature=warm"], "`model.temperature` must be of type float, got warm"),
         (
             [*MINIMAL, "--augment.crop_area=0.9"],
-            r"`augment.crop_area` must be a list such as \[1, 2\], or null, got 0.9",
+            r"`augment.crop_area` must be a list of 2 numbers, or null, got 0.9",
         ),
         ([*MINIMAL, "--augment.blur_prob=x"], "`augment.blur_prob` must be of type float, or null, got x"),
         ([*MINIMAL, "--augment.mean=0.5"], r"`augment.mean` must be a list such as \[1, 2\], got 0.5"),
