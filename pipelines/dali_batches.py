@@ -16,7 +16,8 @@ from pipelines.bad_samples import BadSamples
 from pipelines.beton import MODE_RAW, Beton
 from pipelines.dali_check import JpegCheck
 from pipelines.dali_pipeline import Inputs, Photometric, view_inputs
-from pipelines.params import ViewParams, draw_views
+from pipelines.draw import draw_views
+from pipelines.params import ViewParams
 from pipelines.plan import BatchPlan
 from pipelines.recipe import Recipe
 

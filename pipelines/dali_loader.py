@@ -32,7 +32,7 @@ from pipelines.dali_pipeline import Inputs, Photometric, ViewPipeline, check_rec
 from pipelines.params import ViewParams
 from pipelines.photometric.chain import photometric_chain
 from pipelines.photometric.reference import to_device
-from pipelines.plan import BatchPlan, beton_fingerprint
+from pipelines.plan import plan_of
 from pipelines.recipe import Recipe, ViewRecipe
 
 OUT_OF_MEMORY = re.compile(r"bad_alloc|out of memory|MemoryAllocation", re.IGNORECASE)
@@ -89,9 +89,8 @@ class DALILoader:
         self._photometric, self._output = photometric, output
         self._batch_size = -(-global_batch_size // world_size)
         self._num_threads, self._batches_ahead = num_threads, batches_ahead
-        self._plan = BatchPlan(
-            num_samples=beton.num_samples,
-            fingerprint=beton_fingerprint(beton),
+        self._plan = plan_of(
+            beton,
             seed=seed,
             global_batch_size=global_batch_size,
             rank=rank,

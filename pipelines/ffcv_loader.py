@@ -26,7 +26,7 @@ from pipelines.buffers import buffer_bytes, check_batches_fit
 from pipelines.geometry.crop_resize import PackedImages, crop_resize
 from pipelines.photometric.chain import photometric_chain
 from pipelines.photometric.reference import to_device
-from pipelines.plan import BatchPlan, beton_fingerprint
+from pipelines.plan import plan_of
 from pipelines.recipe import Recipe
 from pipelines.rendering import Renderer, Rendering, Target
 from pipelines.transfer import Sender, Sent
@@ -89,9 +89,8 @@ class FFCVLoader:
         self.beton, self.recipe, self.seed = beton, recipe, seed
         self.device = device or torch.device("cpu")
         self.dtype = dtype
-        self._plan = BatchPlan(
-            num_samples=beton.num_samples,
-            fingerprint=beton_fingerprint(beton),
+        self._plan = plan_of(
+            beton,
             seed=seed,
             global_batch_size=global_batch_size,
             rank=rank,

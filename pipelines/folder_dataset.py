@@ -23,7 +23,8 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
-from pipelines.params import VIEW_PARAMS, ViewParams, draw_views
+from pipelines.draw import draw_views
+from pipelines.params import VIEW_PARAMS, ViewParams
 from pipelines.recipe import Recipe
 
 

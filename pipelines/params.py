@@ -1,13 +1,10 @@
-"""Draw the parameters of views: crop window, flip, rotation, jitter, gray, blur, solarize, sobel, noise, cutout.
+"""What is drawn for a view: crop window, flip, rotation, jitter, gray, blur, solarize, sobel, noise, cutout.
 
-`draw_views` is a pure function of `(seed, epoch, sample, view)`, the recipe and the image's size. Every loader applies
-the same parameters, and a restarted or differently sliced run draws the same ones.
+`pipelines.draw` draws it, as a pure function of `(seed, epoch, sample, view)`, the recipe and the image's size. Every
+loader applies the same parameters, and a restarted or differently sliced run draws the same ones.
 
 Crop windows follow torchvision's `RandomResizedCrop.get_params`: up to ten attempts at an area and an aspect, then a
 central window of the nearest allowed aspect. They are whole pixels of the stored image.
-
-The drawing itself is compiled (`pipelines.params_numba`), so that decoding threads do it; `pipelines.params_reference`
-defines it.
 
 Legend: N samples, V views.
 """
@@ -21,7 +18,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipelines.recipe import Recipe, ViewRecipe
-from pipelines.rng import key_of
 
 NUM_ATTEMPTS = 10  # torchvision's
 NUM_JITTER_OPS = 4
@@ -130,31 +126,3 @@ def recipe_table(recipe: Recipe) -> NDArray[np.void]:
         for name in PROBABILITIES:
             row[name] = getattr(view, name)
     return table
-
-
-def draw_views(
-    recipe: Recipe,
-    seed: int,
-    epoch: int,
-    samples: NDArray[np.int64],
-    widths: NDArray[np.int32],
-    heights: NDArray[np.int32],
-) -> ViewParams:
-    """Draw the parameters of all views of some samples.
-
-    Args:
-        recipe: what to draw.
-        seed: of the run.
-        epoch: from 0.
-        samples: int64 [N], rows of the `.beton`.
-        widths: int32 [N], of the stored images, pixels.
-        heights: int32 [N].
-
-    Returns:
-        `VIEW_PARAMS` [N, V].
-    """
-    from pipelines.params_numba import draw_kernel
-
-    params = np.zeros((len(samples), len(recipe.views)), VIEW_PARAMS)
-    draw_kernel()(recipe_table(recipe), key_of(seed, epoch)[0], samples, widths, heights, params)
-    return params

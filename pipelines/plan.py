@@ -89,6 +89,21 @@ class BatchPlan:
         return self._position
 
 
+def plan_of(
+    beton: Beton, *, seed: int, global_batch_size: int, rank: int, world_size: int, training: bool
+) -> BatchPlan:
+    """The plan over a `.beton`; arguments as of `BatchPlan`."""
+    return BatchPlan(
+        num_samples=beton.num_samples,
+        fingerprint=beton_fingerprint(beton),
+        seed=seed,
+        global_batch_size=global_batch_size,
+        rank=rank,
+        world_size=world_size,
+        training=training,
+    )
+
+
 def beton_fingerprint(beton: Beton) -> str:
     """Checksum of the file's tables and of some of its samples: tells two sets apart quickly, wherever they lie."""
     crc = 0

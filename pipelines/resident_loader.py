@@ -28,11 +28,11 @@ from pipelines.batch import Batch
 from pipelines.beton import MODE_RAW, Beton
 from pipelines.buffers import check_batches_fit, free_host_memory
 from pipelines.decode.turbojpeg import PIXEL_FORMAT_RGB, Decompressor
+from pipelines.draw import draw_views
 from pipelines.geometry.crop_resize import PackedImages, crop_resize
-from pipelines.params import draw_views
 from pipelines.photometric.chain import photometric_chain
 from pipelines.photometric.reference import to_device
-from pipelines.plan import BatchPlan, beton_fingerprint
+from pipelines.plan import plan_of
 from pipelines.recipe import Recipe
 
 BLOCK_BYTES = 2**26  # decoded on the host at a time, then copied: the host need not hold the set
@@ -78,9 +78,8 @@ class ResidentLoader:
     ) -> None:
         self.beton, self.recipe, self.seed = beton, recipe, seed
         self.device, self.dtype = device or torch.device("cpu"), dtype
-        self._plan = BatchPlan(
-            num_samples=beton.num_samples,
-            fingerprint=beton_fingerprint(beton),
+        self._plan = plan_of(
+            beton,
             seed=seed,
             global_batch_size=global_batch_size,
             rank=rank,

@@ -30,11 +30,11 @@ from pipelines.augment import AugmentConfig, build_recipe
 from pipelines.batch import Batch, Loader
 from pipelines.beton import MODE_RAW, Beton, open_beton
 from pipelines.build import DataConfig
+from pipelines.draw import draw_views
 from pipelines.ffcv_loader import FFCVLoader
 from pipelines.folder_dataset import decode_image
 from pipelines.folder_loader import FolderLoader
 from pipelines.manifest import ManifestError, load_manifest
-from pipelines.params import draw_views
 from pipelines.recipe import Recipe
 from tools.preview_page import page
 from tools.preview_sheet import Sheet, Shown, draw_sheet

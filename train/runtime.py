@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from tqdm import tqdm
 
 from train.cli import UnfitEnvironment
 
@@ -96,7 +97,7 @@ def configure_logging(run_dir: Path, ranks: Ranks) -> None:
     name = "train.log" if ranks.rank == 0 else f"train.rank{ranks.rank}.log"
     file = logging.FileHandler(run_dir / name)
     file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    console = logging.StreamHandler(sys.stderr)
+    console = _Console()
     console.setLevel(logging.WARNING)
     console.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
     root = logging.getLogger()
@@ -104,6 +105,14 @@ def configure_logging(run_dir: Path, ranks: Ranks) -> None:
     root.setLevel(logging.WARNING)
     for package in ("pipelines", "model", "train"):
         logging.getLogger(package).setLevel(logging.INFO)
+
+
+class _Console(logging.Handler):
+    """Lines on stderr, above the progress bar."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write one line."""
+        tqdm.write(self.format(record), file=sys.stderr)
 
 
 def package_versions() -> dict[str, str]:

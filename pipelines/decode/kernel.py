@@ -17,7 +17,8 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-from pipelines import params_numba
+from pipelines import draw_numba
+from pipelines.beton_layout import MODE_RAW
 from pipelines.compiled import source_hash
 from pipelines.decode.resample import pack, resized_crop, unpack
 from pipelines.decode.rows import keep_rows
@@ -29,7 +30,7 @@ from pipelines.decode.turbojpeg import (
     call_destroy,
     call_init,
 )
-from pipelines.params_numba import draw
+from pipelines.draw_numba import draw
 from pipelines.photometric import numba_kernels
 from pipelines.photometric.numba_kernels import load_words, photometric_planes
 
@@ -41,12 +42,11 @@ SOURCES = (
     "pipelines.decode.turbojpeg",
     "pipelines.decode.resample",
     "pipelines.decode.rows",
+    "pipelines.beton_layout",
     *numba_kernels.SOURCES,
-    *params_numba.SOURCES,
+    *draw_numba.SOURCES,
 )
 """The modules whose code is compiled into `render` and `unpack`."""
-
-MODE_RAW = 1  # of the .beton: height × width × RGB bytes
 
 
 class Source(NamedTuple):

@@ -4,7 +4,7 @@ import numpy as np
 from scipy import stats
 
 from pipelines.augment import AugmentConfig, build_recipe
-from pipelines.params import draw_views
+from pipelines.draw import draw_views
 
 NUM = 24_000
 SIGNIFICANT = 1e-6  # probability of a false alarm of one test; the draws are fixed, so it fails always or never

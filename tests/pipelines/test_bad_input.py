@@ -104,9 +104,7 @@ def test_more_views_than_memory_are_refused_before_any_is_made(tmp_path, loader)
         path=str(tmp_path / "images" if loader == "folder" else beton.path), loader=loader, global_batch_size=4
     )
     ranks = {"seed": 0, "rank": 0, "world_size": 1, "num_cores": 1}
-    message = (
-        r"batches of 4 images with 500 views need \d+ GB of memory, \d+ GB are free; use a smaller `data"
-    )
+    message = r"batches of 4 images with 500 views need \d+ GB of memory, \d+ GB are free; use a smaller `data"
     with pytest.raises(ValueError, match=message):
         build_loader(config, open_data(config), recipe, device=torch.device("cpu"), dtype=torch.float32, **ranks)
 

@@ -7,8 +7,8 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
 from pipelines.decode.resample import FILTERS
+from pipelines.draw import draw_views
 from pipelines.geometry.crop_resize import PackedImages, crop_resize
-from pipelines.params import draw_views
 from pipelines.photometric.chain import photometric_chain
 from pipelines.recipe import Recipe, ViewRecipe
 from tests.pipelines import triton_interpreter

@@ -16,9 +16,9 @@ from pipelines.beton import open_beton
 from pipelines.compiled import source_hash
 from pipelines.decode.kernel import SOURCES as KERNEL_SOURCES
 from pipelines.decode.kernel import render_kernel
+from pipelines.draw import draw_views
 from pipelines.ffcv_loader import FFCVLoader
 from pipelines.order import epoch_order
-from pipelines.params import draw_views
 from pipelines.photometric import reference
 from pipelines.photometric.numba_kernels import SOURCES as CHAIN_SOURCES
 from pipelines.photometric.numba_kernels import batch_kernel

@@ -16,11 +16,11 @@ from torchvision.transforms.v2 import functional as F
 
 from pipelines.augment import AugmentConfig, build_recipe, center_recipe
 from pipelines.beton import open_beton
+from pipelines.draw import draw_views
 from pipelines.ffcv_loader import FFCVLoader
 from pipelines.folder_dataset import decode_image
 from pipelines.folder_loader import FolderLoader
 from pipelines.order import epoch_order
-from pipelines.params import draw_views
 from pipelines.photometric import reference
 from pipelines.recipe import Recipe, ViewRecipe
 from tests.pipelines.betons import natural_image, needs_data

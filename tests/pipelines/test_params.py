@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 
 from pipelines.augment import AugmentConfig, build_recipe, center_recipe
+from pipelines.draw import draw_views
+from pipelines.draw_reference import draw_views_reference
 from pipelines.order import epoch_order, rank_rows
-from pipelines.params import BRIGHTNESS, CONTRAST, HUE, NO_OP, SATURATION, VIEW_PARAMS, draw_views
-from pipelines.params_reference import draw_views_reference
+from pipelines.params import BRIGHTNESS, CONTRAST, HUE, NO_OP, SATURATION, VIEW_PARAMS
 from pipelines.recipe import Recipe, ViewRecipe
 
 NUM = 40_000

@@ -11,8 +11,9 @@ import pytest
 from PIL import Image, ImageColor
 
 from pipelines.augment import AugmentConfig, build_recipe
+from pipelines.draw import draw_views
 from pipelines.ffcv_loader import FFCVLoader
-from pipelines.params import BRIGHTNESS, CONTRAST, HUE, NO_OP, SATURATION, VIEW_PARAMS, draw_views
+from pipelines.params import BRIGHTNESS, CONTRAST, HUE, NO_OP, SATURATION, VIEW_PARAMS
 from pipelines.recipe import ViewRecipe
 from tests.pipelines.betons import make_beton, natural_image
 from tests.train.runs import ROOT, environment

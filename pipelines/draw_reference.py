@@ -1,4 +1,4 @@
-"""Draw the parameters of views with NumPy: the definition that the compiled `pipelines.params.draw_views` is held to.
+"""Draw the parameters of views with NumPy: the definition that the compiled `pipelines.draw.draw_views` is held to.
 
 Legend: N samples, V views.
 """
@@ -31,7 +31,7 @@ def draw_views_reference(
     widths: NDArray[np.int32],
     heights: NDArray[np.int32],
 ) -> ViewParams:
-    """Draw the parameters of all views of some samples; as `pipelines.params.draw_views`.
+    """Draw the parameters of all views of some samples; as `pipelines.draw.draw_views`.
 
     Args:
         recipe: what to draw.

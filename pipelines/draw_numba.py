@@ -1,4 +1,4 @@
-"""Draw the parameters of one sample's views, compiled: bit-equal to `pipelines.params_reference`.
+"""Draw the parameters of one sample's views, compiled: bit-equal to `pipelines.draw_reference`.
 
 A decoding thread draws what it is about to decode (0.5 µs an image for SimCLR), so that no batch waits for the thread
 that hands it out.
@@ -16,7 +16,7 @@ from pipelines.compiled import source_hash
 from pipelines.params import CROPS, NO_OP, NUM_ATTEMPTS, NUM_JITTER_OPS, SHARED_CROP, Draw
 from pipelines.rng import GAMMA, MULTIPLIER_1, MULTIPLIER_2
 
-SOURCES = ("pipelines.params_numba", "pipelines.params", "pipelines.rng")
+SOURCES = ("pipelines.draw_numba", "pipelines.params", "pipelines.rng")
 """The modules whose code is compiled into `draw`."""
 
 _RANDOM, _CENTER = CROPS.index("random_resized"), CROPS.index("center")
@@ -32,7 +32,7 @@ _CUTOUT, _CUTOUT_Y, _CUTOUT_X = int(Draw.CUTOUT), int(Draw.CUTOUT_Y), int(Draw.C
 
 @cache
 def draw_kernel() -> Callable[..., None]:
-    """The compiled loop of `pipelines.params.draw_views`."""
+    """The compiled loop of `pipelines.draw.draw_views`."""
     version = source_hash(*SOURCES)
 
     @njit(nogil=True, cache=True)
