@@ -21,9 +21,10 @@ from numpy.typing import NDArray
 from benchmarks.conftest import Bench
 from benchmarks.contestant import Contestant, Run
 from benchmarks.harness import Floor
+from pipelines.draw import draw_views
 from pipelines.geometry import crop_resize as geometry
 from pipelines.geometry.crop_resize import PackedImages, crop_resize
-from pipelines.params import ViewParams, draw_views
+from pipelines.params import ViewParams
 from pipelines.photometric import chain
 from pipelines.photometric.chain import photometric_chain
 from pipelines.recipe import Recipe, ViewRecipe
@@ -47,8 +48,15 @@ RECIPES = {
 }
 CROPS = {"crop224": (224, 500, 375), "crop32": (32, 32, 32)}  # side of the view, size of the images
 
-# The photometric goal is the design's, asserted at two thirds.
-PHOTOMETRIC_FLOORS = {"copy": Floor(speed=0.47, goal=0.7), "reference": Floor(speed=5.0, goal=20.0)}
+# What the chain can reach of the copy's rate is set by its instructions. An H100 runs 132 · 128 · 1.75e9 of a
+# thread's instructions in a second. In the time that a copy takes for a bfloat16 pixel, 9 bytes at 2.9e12 B/s, that
+# is 92 of them, and 153 for a float32 pixel of 15 bytes. Counted in what Triton 3.9 compiles for sm_90, and weighted
+# by how often a step is drawn, a pixel takes 29 for the luma before its contrast, and 77 from there to the finished
+# view. Where it is blurred it takes instead 66 to the planes, 10 for the weights and 67 for the blur in 16 bits; 63
+# and 299 in float32. Unblurred that is 106, which would be 0.87 of the copy's rate; with half of them blurred 139,
+# hence 0.66, and in float32 249, hence 0.62. Kernels that are well fed fill about 0.8 of the slots, which gives the
+# goals, and two thirds of a goal are asserted.
+GOALS = {"photo224": 0.7, "photo_blur224": 0.55, "photo_blur224_fp32": 0.5, "photo_blur96": 0.55, "photo32": 0.7}
 CROP_FLOORS = {"reference": Floor(speed=5.0, goal=20.0)}
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -56,7 +64,8 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA d
 
 @pytest.mark.parametrize("work", RECIPES)
 def test_photometric(work: str, bench: Bench) -> None:
-    _race(work, RECIPES[work][0].size, photometric_batches, PHOTOMETRIC_FLOORS, bench)
+    floors = {"copy": Floor(speed=GOALS[work] * 2 / 3, goal=GOALS[work]), "reference": Floor(speed=5.0, goal=20.0)}
+    _race(work, RECIPES[work][0].size, photometric_batches, floors, bench)
 
 
 @pytest.mark.parametrize("work", CROPS)
@@ -134,9 +143,9 @@ def _params(recipe: Recipe, widths: NDArray[np.int32], heights: NDArray[np.int32
 
 
 def _copies(num: int, num_bytes: int) -> Run:
-    """Reads and writes `num_bytes` in all for each batch of `num` images."""
+    """Reads and writes `num_bytes` in all for each batch of `num` images: random ones, which cost the most power."""
     half = (num_bytes + 1) // 2
-    source = torch.zeros((DISTINCT_BATCHES, half), dtype=torch.uint8, device="cuda")
+    source = torch.randint(0, 256, (DISTINCT_BATCHES, half), dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
     return _graphs(num, lambda i: target[i].copy_(source[i]))
 

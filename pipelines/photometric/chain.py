@@ -36,7 +36,8 @@ def photometric_chain(
 ) -> Tensor:
     """Rotate → jitter → gray → blur → solarize → sobel → noise → cutout → normalise, as drawn for each image.
 
-    Where a stencil follows, `triton` keeps intermediate values in float16 unless `dtype` is float32.
+    Where a stencil follows, `triton` keeps intermediate values in float16 unless `dtype` is float32, and blurs with
+    float16 weights: a blurred value is off by at most 1.3e-3 on [0, 1], beside the result's own rounding.
 
     Args:
         crops: uint8 [N, 3, S, S], any strides; channels_last is taken as it is, other formats are copied first.

@@ -4,10 +4,10 @@ The same definition as `pipelines.photometric.reference`, in float32 registers:
 
     luma_sums    uint8 → the luma that each image's contrast is relative to: everything before the contrast, summed
     points       uint8 → rotate, jitter, gray → finished, or three planes [3, S, S] where a stencil comes after
-    blur         planes → one axis blurred and the axes exchanged; twice is the whole blur
     sobel        planes → the gradient's magnitude → finished
 
-"Finished" is solarize → noise → cutout → normalise → cast, stored as pixels. What a recipe can never ask for is left
+The blur has a module of its own, `triton_blur`. "Finished" is solarize → noise → cutout → normalise → cast, stored as
+pixels. What a recipe can never ask for is left
 out when a kernel is compiled; what one image does not ask for is a branch that all threads take alike.
 
 Offsets within an image are 32-bit, those of images 64-bit.
@@ -20,8 +20,6 @@ import triton
 import triton.language as tl
 
 from pipelines.photometric.triton_pixels import (
-    BLUR_FALLOFF,
-    BLUR_RADIUS,
     CONTRAST_STEP,
     GRAY,
     IMAGE,
@@ -32,6 +30,7 @@ from pipelines.photometric.triton_pixels import (
     jitter,
     load_pixels,
     load_planes,
+    load_run,
     luma,
     solarize,
     unrotated,
@@ -39,7 +38,16 @@ from pipelines.photometric.triton_pixels import (
 
 
 @triton.jit
-def luma_sums_kernel(crops, rows, sums, size, SPAN: tl.constexpr, NUM_SPANS: tl.constexpr, BLOCK: tl.constexpr):
+def luma_sums_kernel(
+    crops,
+    rows,
+    sums,
+    size,
+    SPAN: tl.constexpr,
+    NUM_SPANS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PACKED: tl.constexpr,
+):
     """Sum the luma of one span of an image as it is before its contrast step, if it has one.
 
     Args:
@@ -50,6 +58,7 @@ def luma_sums_kernel(crops, rows, sums, size, SPAN: tl.constexpr, NUM_SPANS: tl.
         SPAN: pixels of a program, a multiple of BLOCK.
         NUM_SPANS: programs of an image.
         BLOCK: pixels at a time.
+        PACKED: S is even and `crops` aligned to 4 bytes.
     """
     program = tl.program_id(0)
     row = rows + (program // NUM_SPANS) * NUM_WORDS
@@ -62,7 +71,10 @@ def luma_sums_kernel(crops, rows, sums, size, SPAN: tl.constexpr, NUM_SPANS: tl.
         for start in range(begin, min(begin + SPAN, num_pixels), BLOCK):
             pixel = start + tl.arange(0, BLOCK)
             inside = pixel < num_pixels
-            red, green, blue = load_pixels(image, pixel, inside)
+            if PACKED:
+                red, green, blue = load_run(image, start, num_pixels, BLOCK)
+            else:
+                red, green, blue = load_pixels(image, pixel, inside)
             red, green, blue = jitter(row, red, green, blue, contrast_step, 0.0)
             total += tl.where(inside, luma(red, green, blue), 0.0)
         tl.store(sums + program, tl.sum(total))
@@ -79,6 +91,7 @@ def points_kernel(
     SPAN: tl.constexpr,
     NUM_SPANS: tl.constexpr,
     BLOCK: tl.constexpr,
+    PACKED: tl.constexpr,
     JITTER: tl.constexpr,
     GRAYSCALE: tl.constexpr,
     ROTATE: tl.constexpr,
@@ -102,6 +115,7 @@ def points_kernel(
         SPAN: pixels of a program, a multiple of BLOCK.
         NUM_SPANS: programs of an image, a power of two.
         BLOCK: pixels at a time.
+        PACKED: S is even and `crops` aligned to 4 bytes.
         JITTER: whether the recipe can ask for it; likewise the next ones.
         GRAYSCALE: see JITTER.
         ROTATE: see JITTER.
@@ -128,10 +142,13 @@ def points_kernel(
     for start in range(begin, min(begin + SPAN, num_pixels), BLOCK):
         pixel = start + tl.arange(0, BLOCK)
         inside = pixel < num_pixels
-        source = pixel
         if ROTATE:
             source = unrotated(pixel // size, pixel % size, size, tl.load(row + QUARTER_TURNS))
-        red, green, blue = load_pixels(image, source, inside)
+            red, green, blue = load_pixels(image, source, inside)
+        elif PACKED:
+            red, green, blue = load_run(image, start, num_pixels, BLOCK)
+        else:
+            red, green, blue = load_pixels(image, pixel, inside)
         if JITTER:
             red, green, blue = jitter(row, red, green, blue, num_steps, mean)
         if GRAYSCALE:  # noqa: SIM102 — this is decided when the kernel is compiled, and the next when it runs
@@ -150,78 +167,6 @@ def points_kernel(
             tl.store(plane, red, mask=inside)
             tl.store(plane + num_pixels, green, mask=inside)
             tl.store(plane + 2 * num_pixels, blue, mask=inside)
-
-
-@triton.jit(do_not_specialize=["first_row"])  # it differs from batch to batch
-def blur_kernel(
-    planes,
-    rows,
-    out,
-    size,
-    first_row,
-    TILE: tl.constexpr,
-    FINISH: tl.constexpr,
-    SOLARIZE: tl.constexpr,
-    NOISE: tl.constexpr,
-    FILL: tl.constexpr,
-    SCALE: tl.constexpr,
-    SHIFT: tl.constexpr,
-):
-    """Blur along the slow axis of the planes, reflecting at the border, and exchange the axes.
-
-    Neighbouring threads read neighbouring numbers for every tap, which they could not along the fast axis.
-
-    Args:
-        planes: [slots, 3, S, S].
-        rows: int32 [N, NUM_WORDS].
-        out: the planes [slots, 3, S, S] with exchanged axes, or [N, S, S, 3] if FINISH.
-        size: S.
-        first_row: the row of slot 0.
-        TILE: side of the square that a program makes.
-        FINISH: this is the second pass, along columns, and no stencil follows.
-        SOLARIZE: as `points_kernel`'s; likewise the next ones.
-        NOISE: see SOLARIZE.
-        FILL: see SOLARIZE.
-        SCALE: see SOLARIZE.
-        SHIFT: see SOLARIZE.
-    """
-    tiles_per_side = tl.cdiv(size, TILE)
-    tile = tl.program_id(0) % (tiles_per_side * tiles_per_side)
-    slot = tl.program_id(0) // (tiles_per_side * tiles_per_side)
-    num_pixels = size * size
-    row = rows + (first_row + slot) * NUM_WORDS
-    planes += slot.to(tl.int64) * (num_pixels * 3)
-    first_slow, first_fast = (tile // tiles_per_side) * TILE, (tile % tiles_per_side) * TILE
-    down, along = tl.arange(0, TILE)[:, None], tl.arange(0, TILE)[None, :]
-    slow, fast = first_slow + down, first_fast + along
-    inside = (slow < size) & (fast < size)
-    red, green, blue = load_planes(planes, slow * size + fast, num_pixels, inside)
-    falloff = tl.load(row + BLUR_FALLOFF).to(tl.float32, bitcast=True)
-    total = 1.0
-    for tap in range(1, tl.load(row + BLUR_RADIUS) + 1):
-        weight = tl.exp(falloff * (tap * tap))
-        total += 2.0 * weight
-        before = tl.abs(slow - tap) * size + fast
-        after = (size - 1 - tl.abs(size - 1 - slow - tap)) * size + fast
-        red_1, green_1, blue_1 = load_planes(planes, before, num_pixels, inside)
-        red_2, green_2, blue_2 = load_planes(planes, after, num_pixels, inside)
-        red += weight * (red_1 + red_2)
-        green += weight * (green_1 + green_2)
-        blue += weight * (blue_1 + blue_2)
-    share = 1.0 / total
-    red, green, blue = red * share, green * share, blue * share
-    if FINISH:  # columns are the slow axis here
-        image = out + tl.load(row + IMAGE).to(tl.int64) * (num_pixels * 3)
-        pixels = image + (first_fast * size + first_slow) * 3 + down * (size * 3) + along * 3
-        finish(
-            row, pixels, first_fast + down, first_slow + along, size, tl.trans(inside),
-            tl.trans(red), tl.trans(green), tl.trans(blue), SOLARIZE, NOISE, FILL, SCALE, SHIFT,
-        )  # fmt: skip
-    else:
-        plane = out + slot.to(tl.int64) * (num_pixels * 3) + fast * size + slow
-        tl.store(plane, red, mask=inside)
-        tl.store(plane + num_pixels, green, mask=inside)
-        tl.store(plane + 2 * num_pixels, blue, mask=inside)
 
 
 @triton.jit(do_not_specialize=["first_row"])  # it differs from batch to batch

@@ -9,6 +9,7 @@ Legend: N images, S the side; a row is an image's packed parameters.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -20,16 +21,25 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipelines.params import CONTRAST, NUM_JITTER_OPS, ViewParams
-from pipelines.photometric import triton_kernels as kernels
+from pipelines.photometric import triton_blur, triton_kernels
 from pipelines.photometric import triton_pixels as columns
 from pipelines.photometric.reference import to_device
 from pipelines.recipe import Recipe, ViewRecipe
 
 BLOCK, BLOCKS_PER_SPAN = 1024, 4  # pixels; a span shares the reading of the parameters
-TILE = 32  # pixels on a side of a blurring program
+TILE, WINDOW = (
+    16,
+    32,
+)  # sides of the squares that a blurring program makes and reads at a time: as much as one warp can hold
+STRIP = 4  # such squares of a program
+AXIS_TILE = 32  # of a program that blurs along one axis
 SOBEL_BLOCK = 512
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
-PLANES_BYTES = 24 * 2**20  # of one buffer of planes; what two hold stays in an H100's cache (50 MiB) for the most part
+# Without stages that run ahead: those would read past the processor's own cache, where neighbouring squares meet.
+BLUR_OPTIONS = OPTIONS | {"num_stages": 1}
+# Of one buffer of planes. An H100's cache is two partitions of 25 MiB, and what all its processors read may lie in
+# both: two buffers fit into one of them, or one buffer beside the crops and the views that pass by.
+PLANES_BYTES = 10 * 2**20
 # The blur's weights end where the rest is below the planes' rounding: at so many sigmas.
 REACH = {torch.float16: 4.0, torch.float32: 5.7}
 
@@ -65,6 +75,8 @@ def photometric_triton(
     out = torch.empty((num, 3, size, size), dtype=dtype, device=crops.device, memory_format=torch.channels_last)
     if num > 0:
         crops = crops.contiguous(memory_format=torch.channels_last)
+        if crops.data_ptr() % 4 != 0:
+            crops = crops.clone()  # new memory is aligned
         with torch.cuda.device(crops.get_device()):
             for launch in launches(crops, params, view, recipe, out, planes_bytes):
                 launch.run()
@@ -79,7 +91,10 @@ def launches(
     out: Tensor,
     planes_bytes: int = PLANES_BYTES,
 ) -> Iterator[Launch]:
-    """What has to run, in order, to fill `out` [N ≥ 1, 3, S, S]; both tensors in channels_last memory."""
+    """What has to run, in order, to fill `out` [N ≥ 1, 3, S, S].
+
+    Both tensors are in channels_last memory, and `crops` aligned to 4 bytes.
+    """
     planes_dtype = torch.float32 if out.dtype == torch.float32 else torch.float16
     size = crops.shape[-1]
     blurred = (params["blur_sigma"] > 0.0) & (view.blur_prob > 0.0) & (view.blur_kernel > 1)
@@ -87,10 +102,11 @@ def launches(
     kind = np.where(sobel, np.where(blurred, 2, 3), blurred)  # direct, blurred, both, sobel: each is one run of rows
     order = np.argsort(kind, kind="stable")
     num_direct, num_blurred, num_both, num_sobel = np.bincount(kind, minlength=4).tolist()
+    at_once = planes_dtype == torch.float16 and blurs_at_once(params, view)
     rows = to_device(pack(params, order, view, REACH[planes_dtype]), crops.device)
 
     num_spans = triton.next_power_of_2(triton.cdiv(size * size, BLOCK * BLOCKS_PER_SPAN))
-    spans = {"SPAN": BLOCK * BLOCKS_PER_SPAN, "NUM_SPANS": num_spans, "BLOCK": BLOCK}
+    spans = {"SPAN": BLOCK * BLOCKS_PER_SPAN, "NUM_SPANS": num_spans, "BLOCK": BLOCK, "PACKED": size % 2 == 0}
     finish = {
         "SOLARIZE": view.solarize_prob > 0.0,
         "NOISE": view.noise_prob > 0.0,
@@ -102,32 +118,82 @@ def launches(
     point |= {"JITTER": view.jitter_prob > 0.0, "GRAYSCALE": view.gray_prob > 0.0, "ROTATE": view.rotate_prob > 0.0}
     sums = torch.empty((len(order), num_spans), dtype=torch.float32, device=crops.device)
     if point["JITTER"] and (params["jitter_order"] == CONTRAST).any():
-        yield Launch(kernels.luma_sums_kernel, len(order) * num_spans, (crops, rows, sums, size), spans)
+        yield Launch(triton_kernels.luma_sums_kernel, len(order) * num_spans, (crops, rows, sums, size), spans)
 
     per_group = max(1, planes_bytes // (3 * size * size * planes_dtype.itemsize))
-    num_staged = len(order) - num_direct
-    planes = torch.empty((2, min(per_group, num_staged), 3, size, size), dtype=planes_dtype, device=crops.device)
+    # Buffers are allocated one by one: each is aligned then, whatever the number and the size of the images.
+    planes = torch.empty(
+        (min(per_group, len(order) - num_direct), 3, size, size), dtype=planes_dtype, device=out.device
+    )
+    spare = torch.empty_like(planes) if num_both or (num_blurred and not at_once) else planes
+    weights = None
+    if at_once and num_blurred + num_both:
+        shape = (num_blurred + num_both, triton.cdiv(size, TILE), TILE, WINDOW)
+        weights = torch.empty(shape, dtype=torch.float16, device=out.device)
+        tile = {"TILE": TILE, "WINDOW": WINDOW}
+        to_weights = (rows, weights, size, num_direct)
+        yield Launch(triton_blur.blur_weights_kernel, shape[0] * shape[1], to_weights, tile, OPTIONS | {"num_warps": 1})
     ends = np.cumsum([num_direct, num_blurred, num_both, num_sobel]).tolist()
-    tiles = triton.cdiv(size, TILE) ** 2
-    tiled = finish | {"TILE": TILE}
     for run_kind, (begin, end) in enumerate(pairwise(ends), start=1):
         for first in range(begin, end, per_group):
             count = min(per_group, end - first)
-            staged = (crops, rows, sums, planes[0], size, first)
-            yield Launch(kernels.points_kernel, count * num_spans, staged, point | {"FINISH": False})
+            staged = (crops, rows, sums, planes, size, first)
+            yield Launch(triton_kernels.points_kernel, count * num_spans, staged, point | {"FINISH": False})
+            result = planes
             if run_kind != 3:
-                exchanged = (planes[0], rows, planes[1], size, first)
-                yield Launch(kernels.blur_kernel, count * tiles, exchanged, tiled | {"FINISH": False})
-                last = run_kind == 1
-                back = (planes[1], rows, out if last else planes[0], size, first)
-                yield Launch(kernels.blur_kernel, count * tiles, back, tiled | {"FINISH": last})
+                result = out if run_kind == 1 else planes if weights is None else spare
+                part = None if weights is None else weights[first - num_direct :]
+                yield from _blur(planes, spare, result, part, rows, first, count, finish | {"FINISH": run_kind == 1})
             if run_kind != 1:
                 blocks = triton.cdiv(size * size, SOBEL_BLOCK)
                 constants = finish | {"BLOCK": SOBEL_BLOCK}
-                yield Launch(kernels.sobel_kernel, count * blocks, (planes[0], rows, out, size, first), constants)
+                yield Launch(triton_kernels.sobel_kernel, count * blocks, (result, rows, out, size, first), constants)
     if num_direct:
         direct = (crops, rows, sums, out, size, 0)
-        yield Launch(kernels.points_kernel, num_direct * num_spans, direct, point | {"FINISH": True})
+        yield Launch(triton_kernels.points_kernel, num_direct * num_spans, direct, point | {"FINISH": True})
+
+
+def _blur(
+    planes: Tensor,
+    spare: Tensor,
+    out: Tensor,
+    weights: Tensor | None,
+    rows: Tensor,
+    first: int,
+    count: int,
+    constants: dict[str, Any],
+) -> Iterator[Launch]:
+    """Blur `count` slots of `planes` into `out`: at once where there are weights, else axis by axis through `spare`."""
+    size = planes.shape[-1]
+    if weights is None:
+        num_programs = count * triton.cdiv(size, AXIS_TILE) ** 2
+        constants = constants | {"TILE": AXIS_TILE}
+        there, back = (planes, rows, spare, size, first), (spare, rows, out, size, first)
+        yield Launch(triton_blur.blur_axis_kernel, num_programs, there, constants | {"FINISH": False})
+        yield Launch(triton_blur.blur_axis_kernel, num_programs, back, constants)
+    else:
+        num_tiles = triton.cdiv(size, TILE)
+        num_programs = count * num_tiles * triton.cdiv(num_tiles, STRIP)
+        constants = constants | {"TILE": TILE, "WINDOW": WINDOW, "STRIP": STRIP, "ALIGN": math.gcd(size, 16)}
+        arguments = (planes, rows, weights, out, size, first)
+        num_warps = 1 if size % 16 == 0 else 2  # where rows are not aligned, addresses take many registers
+        options = BLUR_OPTIONS | {"num_warps": num_warps}
+        yield Launch(triton_blur.blur_kernel, num_programs, arguments, constants, options)
+
+
+def blurs_at_once(params: ViewParams, view: ViewRecipe) -> bool:
+    """Whether every blur that the view can draw stays within a tile's window, so that its float16 form may be used.
+
+    Raises:
+        ValueError: the parameters blur more than the view can draw.
+    """
+    strongest, most = params["blur_sigma"].max(initial=0.0), view.blur_sigma[1]
+    if strongest > np.float32(most):
+        raise ValueError(
+            f"`params` must be drawn from this view, whose `blur_sigma` is at most {most}, got {strongest}"
+        )
+    radius = min(math.ceil(REACH[torch.float16] * most), view.blur_kernel // 2)
+    return TILE + 2 * radius <= WINDOW
 
 
 def pack(params: ViewParams, order: NDArray[np.intp], view: ViewRecipe, reach: float) -> NDArray[np.int32]:

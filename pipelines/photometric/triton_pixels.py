@@ -42,6 +42,31 @@ def load_pixels(image, pixel, inside):
 
 
 @triton.jit
+def load_run(image, start, num_pixels, BLOCK: tl.constexpr):
+    """Channels of the pixels from `start` on, as `load_pixels` gives them, but by words: three of them are four pixels.
+
+    The image is aligned to 4 bytes, and its pixels and `start` are divisible by 4.
+    """
+    group = start // 4 + tl.arange(0, BLOCK // 4)
+    words = image.to(tl.pointer_type(tl.int32)) + group * 3
+    inside = group * 4 < num_pixels
+    first = tl.load(words, mask=inside, other=0)  # r g b r, the lowest byte first
+    second = tl.load(words + 1, mask=inside, other=0)  # g b r g
+    third = tl.load(words + 2, mask=inside, other=0)  # b r g b
+    red = _interleaved(first, first >> 24, second >> 16, third >> 8, BLOCK)
+    green = _interleaved(first >> 8, second, second >> 24, third >> 16, BLOCK)
+    blue = _interleaved(first >> 16, second >> 8, third, third >> 24, BLOCK)
+    return red, green, blue
+
+
+@triton.jit
+def _interleaved(a, b, c, d, BLOCK: tl.constexpr):
+    """The lowest bytes of four words in turn, in [0, 1]."""
+    bytes_ = tl.reshape(tl.join(tl.join(a, c), tl.join(b, d)), [BLOCK]) & 255
+    return bytes_.to(tl.float32) * (1.0 / 255.0)
+
+
+@triton.jit
 def load_planes(planes, pixel, num_pixels, inside):
     """Channels of pixels of three planes."""
     red = tl.load(planes + pixel, mask=inside, other=0.0).to(tl.float32)

@@ -6,10 +6,11 @@ import torch
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
+from pipelines.draw import draw_views
 from pipelines.geometry.crop_resize import PackedImages, crop_resize
-from pipelines.params import draw_views
 from pipelines.photometric.chain import photometric_chain
 from pipelines.recipe import Recipe, ViewRecipe
+from tests.gpu.waiting import no_waiting
 from tests.pipelines.triton_inputs import COLOURS, packed
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
@@ -89,11 +90,8 @@ def test_from_packed_pixels_to_views_without_waiting():
 
     expected = views()  # compiles
     torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_waiting():
         ours = views()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     assert torch.equal(ours, expected)
     crops = crop_resize(PackedImages(*images), params, view)
     on_cpu = photometric_chain(crops, params, view, recipe)

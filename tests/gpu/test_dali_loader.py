@@ -10,7 +10,7 @@ from pipelines.ffcv_loader import FFCVLoader
 from pipelines.recipe import Recipe
 from tests.pipelines.betons import make_beton
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
 SIZES = [(160 + 13 * i, 260 - 5 * i) for i in range(24)]
 CROP = Recipe(views=(supervised_view(AugmentConfig(size=64)),) * 2)

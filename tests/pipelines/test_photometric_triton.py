@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from pipelines.params import BRIGHTNESS, CONTRAST, HUE, NO_OP, SATURATION, draw_views
+from pipelines.draw import draw_views
+from pipelines.params import BRIGHTNESS, CONTRAST, HUE, NO_OP, SATURATION
 from pipelines.photometric import reference
 from pipelines.photometric.chain import photometric_chain
 from pipelines.recipe import Recipe, ViewRecipe
@@ -22,10 +23,12 @@ from tests.pipelines.triton_inputs import (
 
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 ROUNDING = 2e-5  # four float32 operations on [0, 1], where contrast and hue magnify what came before
-# On [0, 1]. Planes in float16 round each value twice, by 2⁻¹² at most, and the blur's weights end after 4 σ, beyond
-# which lie 6e-5 of them, on two axes: 6.2e-4. Beside them the result's own rounding: float16's 2⁻¹², and bfloat16's
-# 2⁻⁸, which the interpreter truncates.
-DTYPES = {torch.float32: ROUNDING, torch.float16: 6.2e-4 + 2**-12, torch.bfloat16: 6.2e-4 + 2**-8}
+# On [0, 1]. A blur in float16 rounds each value before either axis, by 2⁻¹² at most. Its weights, which end after 4 σ,
+# are too high or too low by 3.7e-4 together on each axis: `test_the_weights_of_the_blur_in_float16`.
+WEIGHTS = 3.7e-4
+PLANES = 2 * 2**-12 + 2 * WEIGHTS
+# Beside it the result's own rounding: float16's 2⁻¹², and bfloat16's 2⁻⁸, which the interpreter truncates.
+DTYPES = {torch.float32: ROUNDING, torch.float16: PLANES + 2**-12, torch.bfloat16: PLANES + 2**-8}
 
 
 def check(crops, params, atol=ROUNDING, dtype=torch.float32, recipe=None, layout="channels_last", **probs):
@@ -121,11 +124,47 @@ def test_cutout_leaves_exact_zeros():
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("size", [32, 41])
-def test_every_dtype(dtype, size):
-    params = view_params(12, jitter_order=ALL_ORDERS[::2], jitter_factor=FACTORS)
+@pytest.mark.parametrize(("size", "num"), [(32, 12), (41, 12), (96, 4), (224, 1)])
+def test_every_dtype(dtype, size, num):
+    params = view_params(num, jitter_order=ALL_ORDERS[::2][:num], jitter_factor=FACTORS)
     params["gray"][3::4], params["blur_sigma"][::2] = True, 0.9
-    check(random_crops(12, size), params, DTYPES[dtype], dtype, **COLOURS, blur_prob=0.5)
+    check(random_crops(num, size), params, DTYPES[dtype], dtype, **COLOURS, blur_prob=0.5)
+
+
+@pytest.mark.parametrize(("size", "num"), [(20, 5), (32, 5), (33, 5), (41, 5), (96, 5), (224, 1)])
+def test_blur_in_float16(size, num):
+    params = view_params(num, blur_sigma=[2.0, 0.1, 0.65, 1e-20, 0.0][:num])
+    crops = random_crops(num, size)
+    crops[1:2] = 255
+    check(crops, params, DTYPES[torch.float16], torch.float16, blur_prob=1.0)
+
+
+def test_the_weights_of_the_blur_in_float16():
+    sigmas = np.append(np.linspace(0.1, 2.0, 20), [0.6468, 0.7069]).astype(np.float32)  # two of the worst ones
+    view = ViewRecipe(size=200, blur_prob=1.0)
+    ours = triton_interpreter.blur_weights(view_params(len(sigmas), blur_sigma=sigmas), view)
+    radius = view.blur_kernel // 2
+    mirrored = np.pad(np.eye(view.size), [(radius, radius), (0, 0)], mode="reflect")
+    for matrix, sigma in zip(ours, sigmas.astype(np.float64), strict=True):
+        taps = np.exp(-0.5 * (np.arange(-radius, radius + 1) / sigma) ** 2)
+        exact = sum(tap * mirrored[i : i + view.size] for i, tap in enumerate(taps / taps.sum()))
+        error = matrix - exact
+        assert error.clip(min=0).sum(axis=1).max() < WEIGHTS
+        assert error.clip(max=0).sum(axis=1).min() > -WEIGHTS
+
+
+def test_a_blur_in_float16_that_is_wider_than_a_tile_s_window():
+    crops, params = random_crops(1, 180), view_params(1, blur_sigma=4.0)
+    check(crops, params, DTYPES[torch.float16], torch.float16, blur_prob=1.0, blur_sigma=(0.1, 4.0))
+    with pytest.raises(ValueError, match=r"drawn from this view, whose `blur_sigma` is at most 2.0, got 4.0"):
+        check(crops, params, dtype=torch.float16, blur_prob=1.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_blur_and_sobel(dtype):
+    params = view_params(4, blur_sigma=[1.7, 0.0, 0.6, 1.0], sobel=[True, True, False, True])
+    atol = ROUNDING if dtype == torch.float32 else 8 * DTYPES[dtype]  # a Sobel kernel's weights sum to 8
+    check(random_crops(4, 40) // 4, params, atol, dtype, blur_prob=1.0, sobel_prob=1.0)
 
 
 @pytest.mark.parametrize("size", [20, 33])
@@ -138,20 +177,26 @@ def test_everything_that_a_recipe_can_ask_for(size):
     torch.testing.assert_close(ours, exact, rtol=0, atol=8 * ROUNDING / 0.224)  # a Sobel kernel's weights sum to 8
 
 
+@pytest.mark.parametrize("size", [17, 18])
 @pytest.mark.parametrize("layout", [name for name in triton_interpreter.LAYOUTS if name != "channels_last"])
-def test_crops_may_lie_in_any_way(layout):
+def test_crops_may_lie_in_any_way(layout, size):
     params = view_params(3, jitter_order=ALL_ORDERS[[5, 9, 20]], jitter_factor=FACTORS)
-    check(random_crops(3, 17), params, layout=layout, jitter_prob=1.0)
+    crops = random_crops(3, size)
+    aligned = check(crops, params, jitter_prob=1.0)
+    assert torch.equal(check(crops, params, layout=layout, jitter_prob=1.0), aligned)
 
 
-def test_an_image_alone_is_bit_equal_to_itself_in_a_batch_and_in_small_groups():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_image_alone_is_bit_equal_to_itself_in_a_batch_and_in_small_groups(dtype):
     params, view, recipe = drawn(12, 20, seed=2, **EVERYTHING)
     crops = random_crops(12, 20)
-    together = triton_interpreter.photometric(crops, params, view, recipe)
-    grouped = triton_interpreter.photometric(crops, params, view, recipe, planes_bytes=2 * 3 * 20 * 20 * 4)
-    assert torch.equal(together, grouped)
+    together = triton_interpreter.photometric(crops, params, view, recipe, dtype)
+    two_images = 2 * 3 * 20 * 20 * 4
+    assert torch.equal(
+        together, triton_interpreter.photometric(crops, params, view, recipe, dtype, planes_bytes=two_images)
+    )
     for i in (0, 5, 11):
-        alone = triton_interpreter.photometric(crops[i : i + 1], params[i : i + 1], view, recipe)
+        alone = triton_interpreter.photometric(crops[i : i + 1], params[i : i + 1], view, recipe, dtype)
         assert torch.equal(together[i], alone[0])
 
 

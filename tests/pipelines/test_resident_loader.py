@@ -203,20 +203,3 @@ def test_samples_that_cannot_be_decoded_are_named_counted_and_replaced(jpegs, tm
             assert (a - b).abs().max() < 1.01 * LEVEL
     rows = np.concatenate([batch.sample_indices for batch in loader.epoch(0)])
     assert sorted(rows.tolist()) == sorted([*range(12), 14, 14, *range(14, 23), 0])
-
-
-@pytest.mark.gpu
-def test_a_batch_on_the_device_is_the_one_on_the_cpu_and_never_waits(jpegs):
-    device = torch.device("cuda")
-    loader, reference = resident(jpegs, device=device), resident(jpegs)
-    next(loader.epoch(0))  # compiles
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        batches = list(loader.epoch(1))
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    for ours, theirs in zip(batches, reference.epoch(1), strict=True):
-        assert ours.sample_indices.device.type == "cpu"
-        assert torch.equal(ours.labels.cpu(), theirs.labels)
-        for a, b in zip(ours.views, theirs.views, strict=True):
-            assert (a.cpu() - b).abs().mean() < 2e-4

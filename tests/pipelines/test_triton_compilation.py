@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 
+from pipelines.draw import draw_views
 from pipelines.geometry.crop_resize_triton import crop_launch
-from pipelines.params import VIEW_PARAMS, draw_views
+from pipelines.params import VIEW_PARAMS
 from pipelines.photometric.triton_launch import launches
 from pipelines.recipe import Recipe, ViewRecipe
 from tests.pipelines.triton_compilation import SHARED_MEMORY, compile_launch
@@ -17,9 +18,16 @@ RECIPES = {
     "cifar": ViewRecipe(size=32, **COLOURS),
     "dino": ViewRecipe(size=96, **COLOURS, blur_prob=0.5),
     "odd": ViewRecipe(size=41, **COLOURS, blur_prob=0.5),
+    "wide": ViewRecipe(size=224, **COLOURS, blur_prob=0.5, blur_sigma=(0.1, 3.0)),
     "everything": ViewRecipe(size=224, **EVERYTHING),
 }
-QUICK = [("simclr", torch.bfloat16), ("simclr", torch.float32), ("cifar", torch.bfloat16), ("dino", torch.bfloat16)]
+QUICK = [
+    ("simclr", torch.bfloat16),
+    ("simclr", torch.float32),
+    ("cifar", torch.bfloat16),
+    ("dino", torch.bfloat16),
+    ("wide", torch.float16),
+]
 THOROUGH = [(name, dtype) for name in RECIPES for dtype in (torch.bfloat16, torch.float16, torch.float32)]
 
 
@@ -39,15 +47,24 @@ def check(launch, capability):
     print(f"{compiled.name:20} sm_{capability} {compiled.registers:4} registers {compiled.shared_bytes:6} B shared")
     assert compiled.local_bytes == 0, f"{compiled.name} spills on sm_{capability}: {launch.constants}"
     assert compiled.shared_bytes <= SHARED_MEMORY[capability]
+    return compiled
 
 
 @pytest.mark.parametrize("capability", SHARED_MEMORY)
 @pytest.mark.parametrize(("name", "dtype"), QUICK)
 def test_the_photometric_chain(name, dtype, capability):
-    kernels = photometric_launches(RECIPES[name], dtype)
-    assert len(kernels) == (2 if name == "cifar" else 5)  # luma, points; and points to planes, blur, blur
-    for launch in kernels:
-        check(launch, capability)
+    every = [check(launch, capability) for launch in photometric_launches(RECIPES[name], dtype)]
+    blurs = {
+        "cifar": [],
+        "simclr": ["blur_axis_kernel"] * 2 if dtype == torch.float32 else ["blur_kernel", "blur_weights_kernel"],
+        "dino": ["blur_kernel", "blur_weights_kernel"],
+        "wide": ["blur_axis_kernel"] * 2,
+    }[name]
+    points = ["points_kernel"] * (2 if blurs else 1)
+    assert sorted(compiled.name for compiled in every) == [*blurs, "luma_sums_kernel", *points]
+    for compiled in every:
+        assert "ld.global.b8" not in compiled.ptx  # four bytes of pixels at a time
+        assert ("mma.sync" in compiled.ptx) == (compiled.name == "blur_kernel")  # on tensor cores
 
 
 @pytest.mark.slow

@@ -35,7 +35,7 @@ class Compiled(NamedTuple):
     local_bytes: int
     """Of a thread, outside the registers: what was spilled."""
     shared_bytes: int
-    cubin: bytes
+    ptx: str
 
 
 def compile_launch(launch, capability):
@@ -67,9 +67,8 @@ def compile_launch(launch, capability):
     source = ASTSource(launch.kernel, signature, constants, attributes)
     target = GPUTarget("cuda", capability, 32)
     compiled = triton.compile(source, target=target, options=launch.options)
-    cubin = compiled.asm["cubin"]
-    registers, local_bytes = _resources(cubin)
-    return Compiled(launch.kernel.__name__, registers, local_bytes, compiled.metadata.shared, cubin)
+    registers, local_bytes = _resources(compiled.asm["cubin"])
+    return Compiled(launch.kernel.__name__, registers, local_bytes, compiled.metadata.shared, compiled.asm["ptx"])
 
 
 def _resources(cubin):

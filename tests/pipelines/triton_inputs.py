@@ -29,6 +29,13 @@ def random_crops(num, size, seed=0):
     return crops
 
 
+def unaligned(crops):
+    """The same crops in channels_last memory that begins at an odd address."""
+    pixels = crops.permute(0, 2, 3, 1)
+    memory = torch.cat([pixels.new_zeros(1), pixels.reshape(-1)])
+    return memory[1:].view(pixels.shape).permute(0, 3, 1, 2)
+
+
 def real_crops(num, size):
     """Central squares of photographs, resized."""
     crops = []
