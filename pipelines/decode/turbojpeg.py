@@ -137,9 +137,9 @@ class Decompressor:
 def is_harmless(warning: str, jpeg: bytes | NDArray[np.uint8]) -> bool:
     """Whether every pixel was decoded although libjpeg-turbo complained: there was only junk before the end's marker.
 
-    Nothing of the file comes after it, and Pillow takes the same pixels. (They may be wrong: damage that derails the
-    entropy decoder without leading it into a wall looks the same.) libjpeg-turbo remembers the first warning alone, so
-    junk before any other marker may hide worse damage. So may this one where there are restart markers: the decoder
+    Nothing of the file comes after it, and Pillow takes the same pixels. (They may be wrong: damage that throws the
+    entropy decoder off its course without stopping it looks the same.) libjpeg-turbo remembers the first warning alone,
+    so junk before any other marker may hide worse damage. So may this one where there are restart markers: the decoder
     goes on to the next of them, or to the end, with gray in the place of what is missing.
     """
     return _JUNK_AT_THE_END in warning and _RESTART_INTERVAL not in bytes(jpeg)
