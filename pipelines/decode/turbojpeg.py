@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
+import weakref
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -71,6 +72,7 @@ class Decompressor:
 
     def __init__(self) -> None:
         self.handles = np.array([library().tjInitDecompress()], np.int64)
+        weakref.finalize(self, _destroy, self.handles)
 
     @property
     def handle(self) -> int:
@@ -129,9 +131,13 @@ class Decompressor:
 
     def close(self) -> None:
         """Free the handle."""
-        if self.handle:
-            library().tjDestroy(self.handle)
-            self.handles[0] = 0
+        _destroy(self.handles)
+
+
+def _destroy(handles: NDArray[np.int64]) -> None:
+    if handles[0]:
+        library().tjDestroy(int(handles[0]))
+        handles[0] = 0
 
 
 def is_harmless(warning: str, jpeg: bytes | NDArray[np.uint8]) -> bool:
