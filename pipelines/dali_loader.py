@@ -173,7 +173,7 @@ class DALILoader:
         Raises:
             RuntimeError: it takes each of them, or there is no memory.
         """
-        if OUT_OF_MEMORY.search(str(failure)):
+        if OUT_OF_MEMORY.search(_in_one_line(failure)):
             raise RuntimeError(_out_of_memory(failure))
         found = False
         probe = self._make_pipeline(batch_size=1)
@@ -182,7 +182,7 @@ class DALILoader:
             try:
                 probe.run()
             except RuntimeError as error:
-                if OUT_OF_MEMORY.search(str(error)):
+                if OUT_OF_MEMORY.search(_in_one_line(error)):
                     raise RuntimeError(_out_of_memory(error)) from error
                 self._check.condemn(sample, self._check.again(sample) or _in_one_line(error))
                 found = True

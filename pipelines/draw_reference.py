@@ -31,19 +31,7 @@ def draw_views_reference(
     widths: NDArray[np.int32],
     heights: NDArray[np.int32],
 ) -> ViewParams:
-    """Draw the parameters of all views of some samples; as `pipelines.draw.draw_views`.
-
-    Args:
-        recipe: what to draw.
-        seed: of the run.
-        epoch: from 0.
-        samples: int64 [N], rows of the `.beton`.
-        widths: int32 [N], of the stored images, pixels.
-        heights: int32 [N].
-
-    Returns:
-        `VIEW_PARAMS` [N, V].
-    """
+    """Draw the parameters of all views of some samples: arguments and result are `pipelines.draw.draw_views`'s."""
     params = np.zeros((len(samples), len(recipe.views)), VIEW_PARAMS)
     for v, view in enumerate(recipe.views):
         key = key_of(seed, epoch, samples, v)

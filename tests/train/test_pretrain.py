@@ -165,6 +165,13 @@ def missing(data, folder):
         (None, ["--schedule.warmup_epochs=2.95"], "`schedule.warmup_epochs` must be shorter than the run of 15 steps"),
         (None, ["--augment.recipe=supervised"], "`augment.recipe` must draw the 2 views"),
         (None, ["--config=nowhere.yaml"], "nowhere.yaml"),
+        (
+            lambda data, folder: folder,
+            [],
+            "is a folder; convert it with `python -m tools.convert`, or set `data.loader`",
+        ),
+        (None, ["--data.loader=resident", "--data.geometry=device"], "`data.geometry` device needs `data.loader` ffcv"),
+        (None, ["--augment.size=60000"], "GB are free; use a smaller `data.global_batch_size`, fewer or smaller views"),
     ],
 )
 def test_bad_input_gets_one_line_and_code_2_and_nothing_is_written(data, tmp_path, make_path, overrides, message):
