@@ -12,7 +12,7 @@ from functools import cache
 import numpy as np
 from numba import njit
 
-from pipelines.compiled import source_hash
+from native.compiled import source_hash
 from pipelines.params import CROPS, NO_OP, NUM_ATTEMPTS, NUM_JITTER_OPS, SHARED_CROP, Draw
 from pipelines.rng import GAMMA, MULTIPLIER_1, MULTIPLIER_2
 

@@ -18,7 +18,7 @@ from train.config import config_from_dict, parse_pretrain_config, resolved_dict
 from train.optim.lars import peak_lr
 
 ROOT = Path(__file__).resolve().parents[1]
-PACKAGES = ("pipelines", "model", "train", "tools", "benchmarks")
+PACKAGES = ("native", "pipelines", "model", "train", "tools", "benchmarks")
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted(ROOT.glob("docs/**/*.md"))]
 SCRIPTS = {"train/pretrain.py": "train.pretrain", "train/evaluate.py": "train.evaluate"}
 OPTION = r"(?<![\w-])--[\w.-]*\w"

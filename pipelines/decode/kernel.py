@@ -17,9 +17,9 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
+from native.compiled import source_hash
 from pipelines import draw_numba
 from pipelines.beton_layout import MODE_RAW
-from pipelines.compiled import source_hash
 from pipelines.decode.resample import pack, resized_crop, unpack
 from pipelines.decode.rows import keep_rows
 from pipelines.decode.turbojpeg import (

@@ -15,7 +15,7 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from pipelines.simd import (
+from native.simd import (
     NUM_LANES,
     add_fourth_bytes,
     drop_fourth_bytes,

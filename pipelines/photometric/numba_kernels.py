@@ -16,15 +16,15 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-from pipelines.compiled import source_hash
+from native.compiled import source_hash
+from native.simd import NUM_LANES, load, multiply_add, splat, store
 from pipelines.params import BRIGHTNESS, CONTRAST, HUE, SATURATION, ViewParams
 from pipelines.photometric.numba_study import rotate_plane, study
-from pipelines.simd import NUM_LANES, load, multiply_add, splat, store
 
 SOURCES = (
     "pipelines.photometric.numba_kernels",
     "pipelines.photometric.numba_study",
-    "pipelines.simd",
+    "native.simd",
     "pipelines.params",
     "pipelines.rng",
 )

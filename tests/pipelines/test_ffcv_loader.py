@@ -11,9 +11,9 @@ import torch
 from PIL import Image
 from torchvision.transforms.v2 import functional as F
 
+from native.compiled import source_hash
 from pipelines.augment import AugmentConfig, build_recipe, center_recipe
 from pipelines.beton import open_beton
-from pipelines.compiled import source_hash
 from pipelines.decode.kernel import SOURCES as KERNEL_SOURCES
 from pipelines.decode.kernel import render_kernel
 from pipelines.draw import draw_views

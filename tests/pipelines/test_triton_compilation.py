@@ -9,7 +9,7 @@ from pipelines.geometry.crop_resize_triton import crop_launch
 from pipelines.params import VIEW_PARAMS
 from pipelines.photometric.triton_launch import launches
 from pipelines.recipe import Recipe, ViewRecipe
-from tests.pipelines.triton_compilation import SHARED_MEMORY, compile_launch
+from tests.native.triton_compilation import SHARED_MEMORY, compile_launch
 from tests.pipelines.triton_inputs import COLOURS, EVERYTHING
 
 RECIPES = {

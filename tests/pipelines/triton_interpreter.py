@@ -1,19 +1,9 @@
-"""Run the GPU kernels on the CPU, in Triton's interpreter.
-
-It must be chosen before triton is imported, hence a process of its own. Its conversion from float32 to bfloat16
-truncates where a GPU rounds.
-"""
-
-import functools
-import os
-from concurrent.futures import ProcessPoolExecutor
-from importlib.metadata import version
-from multiprocessing import get_context
+"""Run the input pipeline's GPU kernels on the CPU, in Triton's interpreter."""
 
 import numpy as np
-import pytest
 import torch
 
+from tests.native.triton_interpreter import process
 from tests.pipelines.triton_inputs import unaligned
 
 LAYOUTS = {
@@ -26,39 +16,19 @@ LAYOUTS = {
 
 def photometric(crops, params, view, recipe, dtype=torch.float32, *, layout="channels_last", **options):
     """`photometric_triton` of crops that lie in one of `LAYOUTS`; the result is float64."""
-    out = _process().submit(_photometric, crops.numpy(), layout, params, view, recipe, dtype, options).result()
+    out = process().submit(_photometric, crops.numpy(), layout, params, view, recipe, dtype, options).result()
     return torch.from_numpy(out)
 
 
 def crop_resize(images, params, view):
     """`crop_resize_triton` of pixels, offsets and widths."""
     arrays = [tensor.numpy() for tensor in images[:3]]
-    return torch.from_numpy(_process().submit(_crop_resize, arrays, params, view).result())
+    return torch.from_numpy(process().submit(_crop_resize, arrays, params, view).result())
 
 
 def blur_weights(params, view):
     """The matrices [N, S, S] that blur one axis in float16, as their bands give them; float64."""
-    return _process().submit(_blur_weights, params, view).result()
-
-
-def _process():
-    if _release("triton") < (3, 9) and _release("numpy") >= (2, 4):
-        pytest.skip("the interpreter of Triton before 3.9 cannot count a loop with NumPy 2.4 or newer")
-    return _start()
-
-
-def _release(package):
-    return tuple(int(part) for part in version(package).split(".")[:2])
-
-
-@functools.cache
-def _start():
-    return ProcessPoolExecutor(1, get_context("spawn"), initializer=_choose_the_interpreter)
-
-
-def _choose_the_interpreter():
-    os.environ["TRITON_INTERPRET"] = "1"
-    torch.set_num_threads(1)
+    return process().submit(_blur_weights, params, view).result()
 
 
 def _photometric(crops, layout, params, view, recipe, dtype, options):

@@ -55,8 +55,10 @@ def compile_launch(launch, capability):
         if isinstance(value, torch.Tensor):
             signature[name] = POINTERS[value.dtype]
             aligned = value.data_ptr() % 16 == 0
+        elif isinstance(value, float):
+            signature[name], aligned = "fp32", False
         else:
-            signature[name] = "i32"
+            signature[name] = "i32" if abs(value) < 2**31 else "i64"
             specialized = not launch.kernel.params[i].do_not_specialize
             aligned = specialized and value % 16 == 0
             if specialized and value == 1:
