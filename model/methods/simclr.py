@@ -25,13 +25,16 @@ class SimCLR(Method):
         self.projection_head = ProjectionHead(self.encoder.feature_dim, projection_head)
         self.temperature = temperature
 
-    def forward(self, views: list[Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """See `Method.forward`; the metrics are explained at `NTXentOutput` and `projection_std`."""
+    def project(self, views: list[Tensor]) -> list[Tensor]:
+        """See `Method.project`."""
         if len(views) != self.num_views:
             raise ValueError(f"SimCLR takes {self.num_views} views of each image, got {len(views)}")
-        z = self.projection_head(self.encoder(torch.cat(views)))
-        loss, accuracy = nt_xent(*z.chunk(2), temperature=self.temperature)
-        return loss, {"contrastive_accuracy": accuracy, "projection_std": projection_std(z)}
+        return list(self.projection_head(self.encoder(torch.cat(views))).chunk(2))
+
+    def loss(self, projections: list[Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """See `Method.loss`; the metrics are explained at `NTXentOutput` and `projection_std`."""
+        loss, accuracy = nt_xent(*projections, temperature=self.temperature)
+        return loss, {"contrastive_accuracy": accuracy, "projection_std": projection_std(torch.cat(projections))}
 
 
 @torch.no_grad()

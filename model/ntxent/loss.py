@@ -1,13 +1,15 @@
 """NT-Xent over the global batch: the entry that checks its input and picks a backend.
 
-The formula stands in `model.ntxent.reference`; `model.ntxent.tiled` computes it without the 2N × 2N matrix.
+The formula stands in `model.ntxent.reference`; `model.ntxent.autograd` computes it over all ranks without the
+2N × 2N matrix.
 
 Shapes: N images on this rank, D width.
 """
 
+from __future__ import annotations
+
 import functools
 import logging
-import math
 from typing import Literal, NamedTuple
 
 import torch
@@ -15,10 +17,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from model import collectives
+from model.exchange import Exchange
+from model.inputs import check_projections, check_temperature
+from model.ntxent import tiled
+from model.ntxent.autograd import NTXentFunction, Settings
 from model.ntxent.reference import nt_xent_reference
-from model.ntxent.tiled import nt_xent_tiled
 
 Backend = Literal["auto", "reference", "tiled"]
+BACKENDS = {"tiled": tiled}
 
 logger = logging.getLogger(__name__)
 
@@ -36,54 +42,49 @@ def nt_xent(
     z1: Tensor,
     z2: Tensor,
     *,
-    temperature: float,
+    temperature: float | Tensor,
     normalize: bool = True,
     group: dist.ProcessGroup | None = None,
+    exchange: Exchange = "all_gather",
     backend: Backend = "auto",
 ) -> NTXentOutput:
     """SimCLR's loss for the two views' projections, with the negatives of all ranks of `group`.
 
     All ranks must call, with equal N. The gradient is exact for data-parallel averaging: the mean over ranks
     of the local losses is the global loss, and gradients averaged over ranks are the global loss's gradient.
-    That takes the same upstream gradient on every rank; the backward itself communicates nothing.
+    That takes the same upstream gradient on every rank.
 
     Args:
         z1: projections of view 1 [N, D], fp32, bf16, fp16 or fp64; computed in fp32 (fp64 for fp64), under
             autocast too.
         z2: projections of view 2, row by row of the same images.
-        temperature: τ > 0.
+        temperature: τ > 0; a scalar tensor receives a gradient, and is not looked at (that would stall a GPU).
         normalize: divide each row by its norm first.
         group: the ranks that share the batch; default: all.
+        exchange: "all_gather" holds all ranks' rows, and its backward communicates nothing; "ring" passes them
+            from rank to rank, forward and backward, and holds two ranks' rows at a time.
         backend: "tiled" (any device, any number of ranks; memory O(N·D) for all ranks' N) or "reference" (one
             process, the whole matrix); "auto" is "tiled".
 
     Raises:
         ValueError: shapes or dtypes that do not fit; τ ≤ 0; "reference" with several ranks; N that differs
-            between ranks (seen on the CPU only: see `nt_xent_tiled`).
+            between ranks (seen on the CPU only: see `model.inputs.check_projections`).
     """
-    _check(z1, z2, temperature)
+    check_projections(z1, z2, group)
+    check_temperature(temperature)
     ranks = collectives.world_size(group)
     if backend == "auto":
         backend = "tiled"
         _log_choice(backend, z1.device.type, ranks)
     with torch.autocast(z1.device.type, enabled=False):
-        if backend == "tiled":
-            output = nt_xent_tiled(z1, z2, temperature=temperature, normalize=normalize, group=group)
-            return NTXentOutput(*output)
         if backend == "reference":
             if ranks > 1:
                 raise ValueError(f"backend 'reference' serves one process, got world size {ranks}; use 'tiled'")
             return NTXentOutput(*nt_xent_reference(z1, z2, temperature=temperature, normalize=normalize))
-    raise ValueError(f"`backend` must be 'auto', 'reference' or 'tiled', got {backend!r}")
-
-
-def _check(z1: Tensor, z2: Tensor, temperature: float) -> None:
-    if z1.shape != z2.shape or z1.ndim != 2 or not z1.numel():
-        raise ValueError(f"z1 and z2 must be [N, D] alike with N, D ≥ 1, got {tuple(z1.shape)} and {tuple(z2.shape)}")
-    if z1.dtype != z2.dtype or not z1.is_floating_point():
-        raise ValueError(f"z1 and z2 must share one floating-point dtype, got {z1.dtype} and {z2.dtype}")
-    if not (temperature > 0 and math.isfinite(temperature)):
-        raise ValueError(f"`temperature` must be a finite number > 0, got {temperature}; SimCLR uses 0.1 to 0.5")
+        if backend not in BACKENDS:
+            raise ValueError(f"`backend` must be 'auto', 'reference' or one of {sorted(BACKENDS)}, got {backend!r}")
+        settings = Settings(normalize, group, exchange, BACKENDS[backend])
+        return NTXentOutput(*NTXentFunction.apply(z1, z2, temperature, settings))
 
 
 @functools.cache  # once for each choice, not every step

@@ -14,13 +14,15 @@ collapsed encoder, to which all rows are alike, earns nothing.
 Shapes: N images, D width.
 """
 
+from __future__ import annotations
+
 import torch
 from torch import Tensor
 
-NORM_EPS = 1e-6  # tf.math.l2_normalize's bound: 1e-12 on the squared norm
+from model.similarity import NORM_EPS
 
 
-def nt_xent_reference(z1: Tensor, z2: Tensor, *, temperature: float, normalize: bool) -> tuple[Tensor, Tensor]:
+def nt_xent_reference(z1: Tensor, z2: Tensor, *, temperature: float | Tensor, normalize: bool) -> tuple[Tensor, Tensor]:
     """Loss (differentiable) and contrastive accuracy of z1, z2 [N, D]; fp64 for fp64 input, else fp32."""
     z = torch.cat((z1, z2))
     z = z if z.dtype == torch.float64 else z.float()

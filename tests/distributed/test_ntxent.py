@@ -7,14 +7,13 @@ import torch.distributed as dist
 from model import collectives
 from model.ntxent.loss import nt_xent
 from model.ntxent.reference import nt_xent_reference
-from model.ntxent.tiled import nt_xent_tiled
 from tests.distributed.ranks import run_ranks
-from tests.model.test_ntxent import gradients, projections
+from tests.model.test_ntxent import gradients, in_tiles, projections
 
 pytestmark = pytest.mark.distributed
 
 NUM_IMAGES = 41  # of each rank: several tiles of 16, the last of them ragged
-GROUPS = ([0], [1], [2], [3], [0, 1], [2, 3], [0, 1, 2, 3])
+GROUPS = ([0], [1], [2], [3], [0, 1], [2, 3], [1, 2, 3], [0, 1, 2, 3])
 
 
 def test_ranks_equal_one_big_batch():
@@ -26,20 +25,21 @@ def check_everything(rank):
     for ranks in GROUPS:
         group = dist.new_group(ranks)  # all four must call, members or not
         if rank in ranks:
-            check_loss_and_gradient(group, len(ranks))
-            check_float32(group, len(ranks))
+            for exchange in ("all_gather", "ring"):
+                check_loss_and_gradient(group, len(ranks), exchange)
+                check_float32(group, len(ranks), exchange)
     check_parameter_gradients_average()
     check_reference_is_refused()
     check_unequal_rows_are_refused(rank)
 
 
-def check_loss_and_gradient(group, world_size):
+def check_loss_and_gradient(group, world_size, exchange):
     z1, z2 = projections(world_size * NUM_IMAGES, 16)
     own = own_rows(group)
     for temperature, normalize in ((0.01, True), (0.1, True), (1.0, True), (1.0, False)):
         options = {"temperature": temperature, "normalize": normalize}
         own1, own2 = (z.detach()[own].requires_grad_() for z in (z1, z2))
-        loss, accuracy = nt_xent_tiled(own1, own2, **options, group=group, tile_size=16)
+        loss, accuracy = in_tiles(own1, own2, **options, group=group, exchange=exchange, tile_size=16)
         expected, expected_accuracy = nt_xent_reference(z1, z2, **options)
         expected_gradients = gradients(expected, z1, z2, upstream=-2.5)
         for value, whole in ((loss, expected), (accuracy, expected_accuracy)):
@@ -49,11 +49,11 @@ def check_loss_and_gradient(group, world_size):
             torch.testing.assert_close(ours / world_size, theirs[own], rtol=0, atol=1e-12)
 
 
-def check_float32(group, world_size):
+def check_float32(group, world_size, exchange):
     z1, z2 = projections(world_size * NUM_IMAGES, 16, torch.float32)
     own = own_rows(group)
     own1, own2 = (z.detach()[own].requires_grad_() for z in (z1, z2))
-    loss = nt_xent(own1, own2, temperature=0.1, group=group).loss
+    loss = nt_xent(own1, own2, temperature=0.1, group=group, exchange=exchange).loss
     expected, _ = nt_xent_reference(z1, z2, temperature=0.1, normalize=True)
     torch.testing.assert_close(mean_over_ranks(loss, group), expected.detach(), rtol=1e-6, atol=0)
     for ours, theirs in zip(gradients(loss, own1, own2), gradients(expected, z1, z2), strict=True):
