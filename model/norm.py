@@ -1,58 +1,67 @@
 """Batch norm over the global batch: the statistics of all ranks' rows, on any backend and device.
 
 SimCLR (section 2.2) aggregates mean and variance over all devices, since with local statistics the network
-could tell positives from negatives by the device they share. W ranks compute what one would, to rounding:
+could tell positives from negatives by the device they share. W ranks compute what one would, to rounding; the
+formulas are in `model.norm_functions`.
 
-    n, μ, σ²  = count, mean and (biased) variance over all ranks and positions of a channel
-    y  = γ·x̂ + β,   x̂ = (x − μ)/√(σ² + ε)
-    dx = γ/√(σ² + ε) · (dy − mean(dy) − x̂·mean(dy·x̂))        means over all ranks and positions
-    dγ = Σ dy·x̂,  dβ = Σ dy        over this rank's rows: data-parallel averaging adds up the ranks' parts
+- The layers are torch's: same parameters, buffers, options and `state_dict` keys. One rank alone runs torch's
+  own code, and so does evaluation, which uses the running statistics and communicates nothing.
+- `convert` turns the batch norms of any model into these.
+- `groups_of` and `set_group` restrict the statistics to groups of ranks, where the batch of all of them is more
+  than the method needs and communication costs.
 
-Forward and backward take one all-reduce each (2C + 1 and 2C numbers, in float64 so that Σx² − n·μ² is exact
-enough). Ranks may hold different numbers of rows, each at least one.
-
-Shapes: N local rows, C channels, H × W positions.
+Shapes: N local rows, C channels, L, H × W or D × H × W positions.
 """
 
-from typing import Any
+import copy
+from typing import Any, ClassVar, TypeVar
 
 import torch
-import torch.nn.functional as F
+import torch.distributed as dist
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from model import collectives
+from model.norm_functions import batch_norm_over_ranks
+
+Model = TypeVar("Model", bound=nn.Module)
 
 
-class _GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
-    """Torch's batch norm (same parameters, buffers and state_dict keys) with statistics over all ranks.
+class GlobalBatchNorm(_BatchNorm):
+    """Torch's batch norm with statistics over all ranks, for [N, C] with any positions after (as SyncBatchNorm).
 
-    In training all ranks must call forward, and backward, together. One rank alone takes `F.batch_norm`'s
-    path, and so does evaluation, which uses the running statistics and communicates nothing. The running
-    variance is the unbiased one of the global batch, as torch's.
+    In training all ranks of `group` must call forward, and backward, together and in one order. They may hold
+    different numbers of rows; none at all is borne too, so long as the group holds two values of a channel. The
+    running variance is the unbiased one of the group's batch, as torch's. `momentum=None`, torch's cumulative
+    average, makes the host wait for a GPU, as in torch. Under `torch.compile` a layer that communicates is a
+    graph break.
 
     Args:
         num_features: C.
         eps: ε, added to the variance.
         momentum: weight of the newest batch in the running statistics (torch's convention: 1 − decay).
         affine: learn γ (scale), and β unless `bias` is false.
+        track_running_stats: keep running statistics; else evaluation uses those of its own local batch.
         bias: learn β (offset) beside γ.
     """
 
-    running_mean: Tensor
-    running_var: Tensor
-    num_batches_tracked: Tensor
-    momentum: float
+    SHAPES: ClassVar[dict[int, str]] = {2: "[N, C]", 3: "[N, C, L]", 4: "[N, C, H, W]", 5: "[N, C, D, H, W]"}
+    """What an input of so many dimensions is; others are refused."""
+
+    group: dist.ProcessGroup | None = None
+    """The ranks whose rows make the statistics (default: all). Set it by `set_group`."""
 
     def __init__(
         self,
         num_features: int,
         eps: float = 1e-5,
-        momentum: float = 0.1,
+        momentum: float | None = 0.1,
         affine: bool = True,
+        track_running_stats: bool = True,
+        *,
         bias: bool = True,
     ) -> None:
-        super().__init__(num_features, eps, momentum, affine)
+        super().__init__(num_features, eps, momentum, affine, track_running_stats)
         if not bias:  # torch's own `bias` argument is newer than the oldest torch supported
             self.register_parameter("bias", None)
 
@@ -63,131 +72,149 @@ class _GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
             if parameter is not None:
                 nn.init.constant_(parameter, value)
 
-    def _check_input_dim(self, input: Tensor) -> None:
-        raise NotImplementedError
+    def __deepcopy__(self, memo: dict[int, Any]) -> "GlobalBatchNorm":
+        """A copy (a moving average's, say) belongs to the same group of ranks, which itself cannot be copied."""
+        memo[id(self.group)] = self.group
+        memo[id(self)] = copied = type(self).__new__(type(self))
+        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return copied
 
     def forward(self, input: Tensor) -> Tensor:
-        """[N, C] or [N, C, H, W], fp32, bf16, fp16 or fp64 → the same shape, dtype and memory format."""
-        self._check_input_dim(input)
-        if self.training:
-            self.num_batches_tracked.add_(1)
-        if not self.training or collectives.world_size() == 1:
-            return self._torch_batch_norm(input)
-        if not input.numel():
-            raise ValueError(
-                f"batch norm needs at least one row on every rank, got shape {tuple(input.shape)} "
-                f"on rank {collectives.rank()}"
-            )
-        output: Tensor
-        output, mean, unbiased_var = _GlobalBatchNormFunction.apply(input, self.weight, self.bias, self.eps)
-        with torch.no_grad():
-            self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
-            self.running_var.lerp_(unbiased_var.to(self.running_var.dtype), self.momentum)
+        """[N, C, …] of a floating dtype → the same shape, dtype and memory format.
+
+        Raises:
+            ValueError: the input's shape or dtype does not fit, or a group of CPU ranks holds fewer than two
+                values of a channel (raised on all of its ranks).
+        """
+        if not self.training or collectives.world_size(self.group) == 1:
+            output: Tensor = super().forward(input)
+        else:
+            self._check_input_dim(input)
+            output = self._over_ranks(input)
         return output
 
-    def _torch_batch_norm(self, input: Tensor) -> Tensor:
-        output: Tensor = F.batch_norm(
+    def _check_input_dim(self, input: Tensor) -> None:
+        fits = input.dim() in self.SHAPES and input.shape[1] == self.num_features and input.is_floating_point()
+        if not fits:
+            shapes = " or ".join(self.SHAPES.values())
+            raise ValueError(
+                f"{type(self).__name__} takes {shapes} with C = {self.num_features}, of a floating dtype, "
+                f"got shape {tuple(input.shape)} of {input.dtype}"
+            )
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # collectives stay out of compiled graphs
+    def _over_ranks(self, input: Tensor) -> Tensor:
+        weight_of_batch = 0.0
+        if self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+            weight_of_batch = 1 / self.num_batches_tracked.item() if self.momentum is None else self.momentum
+        return batch_norm_over_ranks(
             input,
-            self.running_mean,
-            self.running_var,
             self.weight,
             self.bias,
-            self.training,
-            self.momentum,
-            self.eps,
-        )
-        return output
-
-
-class GlobalBatchNorm1d(_GlobalBatchNorm):
-    """`_GlobalBatchNorm` of [N, C]."""
-
-    def _check_input_dim(self, input: Tensor) -> None:
-        if input.dim() != 2:
-            raise ValueError(f"GlobalBatchNorm1d takes [N, C], got shape {tuple(input.shape)}")
-
-
-class GlobalBatchNorm2d(_GlobalBatchNorm):
-    """`_GlobalBatchNorm` of [N, C, H, W]."""
-
-    def _check_input_dim(self, input: Tensor) -> None:
-        if input.dim() != 4:
-            raise ValueError(f"GlobalBatchNorm2d takes [N, C, H, W], got shape {tuple(input.shape)}")
-
-
-class _GlobalBatchNormFunction(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, input: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        mean, var, count = _global_statistics(input)
-        ctx.eps = eps
-        ctx.save_for_backward(input, weight, mean, var, count)
-        unbiased_var = var * (count / (count - 1))  # count ≥ W ≥ 2
-        ctx.mark_non_differentiable(mean, unbiased_var)
-        return _normalise(input, mean, var, weight=weight, bias=bias, eps=eps), mean, unbiased_var
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_output: Tensor, *_: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None, None]:
-        input, weight, mean, var, count = ctx.saved_tensors
-        grad_weight, grad_bias = _local_sums(grad_output, input, mean, var, ctx.eps)
-        global_sums = collectives.all_reduce_sum_(torch.stack((grad_weight, grad_bias)).double())
-        mean_dy_xhat, mean_dy = (global_sums / count).to(mean.dtype)
-        # Both terms of dx are normalisations: γ(dy − mean(dy))/√(σ² + ε), and x̂ times γ·mean(dy·x̂)/√(σ² + ε).
-        scale = mean_dy_xhat * torch.rsqrt(var + ctx.eps)
-        if weight is not None:
-            scale = scale * weight
-        grad_input = _normalise(grad_output, mean_dy, var, weight=weight, bias=None, eps=ctx.eps)
-        grad_input -= _normalise(input, mean, var, weight=scale, bias=None, eps=ctx.eps)
-        return (
-            grad_input,
-            grad_weight if ctx.needs_input_grad[1] else None,
-            grad_bias if ctx.needs_input_grad[2] else None,
-            None,
+            self.running_mean,
+            self.running_var,
+            momentum=weight_of_batch,
+            eps=self.eps,
+            group=self.group,
         )
 
 
-def _global_statistics(input: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean and biased variance [C] over all ranks (fp32, or fp64 for fp64 input), and the count, a tensor."""
-    mean, var = _local_statistics(input)
-    mean, var = mean.double(), var.double()
-    count = mean.new_full((1,), input.numel() // input.shape[1])
-    sums = torch.cat((count * mean, count * (var + mean.square()), count))
-    collectives.all_reduce_sum_(sums)
-    channels = input.shape[1]
-    count = sums[-1]
-    mean = sums[:channels] / count
-    var = (sums[channels:-1] / count - mean.square()).clamp_min_(0)
-    dtype = _statistics_dtype(input)
-    return mean.to(dtype), var.to(dtype), count
+class GlobalBatchNorm1d(GlobalBatchNorm):
+    """`GlobalBatchNorm` of [N, C] or [N, C, L]."""
+
+    SHAPES: ClassVar = {dim: GlobalBatchNorm.SHAPES[dim] for dim in (2, 3)}
 
 
-def _local_statistics(input: Tensor) -> tuple[Tensor, Tensor]:
-    # torch.var_mean says the same, 30 times slower over a channels_last tensor on the CPU. The buffers that
-    # this one could update (momentum 0: it does not) are given because they set the dtype of its result.
-    unused = torch.zeros(input.shape[1], dtype=_statistics_dtype(input), device=input.device)
-    mean, var = torch.batch_norm_update_stats(input, unused, unused.clone(), 0.0)
-    return mean, var
+class GlobalBatchNorm2d(GlobalBatchNorm):
+    """`GlobalBatchNorm` of [N, C, H, W]."""
+
+    SHAPES: ClassVar = {4: GlobalBatchNorm.SHAPES[4]}
 
 
-def _local_sums(dy: Tensor, input: Tensor, mean: Tensor, var: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Σ dy·x̂ and Σ dy [C] over this rank, by torch's backward of an evaluating batch norm (no dx wanted)."""
-    _, dy_xhat, dy_sum = torch.ops.aten.native_batch_norm_backward(
-        dy, input, None, mean, var, None, None, False, eps, (False, True, True)
+class GlobalBatchNorm3d(GlobalBatchNorm):
+    """`GlobalBatchNorm` of [N, C, D, H, W]."""
+
+    SHAPES: ClassVar = {5: GlobalBatchNorm.SHAPES[5]}
+
+
+OURS = {
+    nn.BatchNorm1d: GlobalBatchNorm1d,
+    nn.BatchNorm2d: GlobalBatchNorm2d,
+    nn.BatchNorm3d: GlobalBatchNorm3d,
+    nn.SyncBatchNorm: GlobalBatchNorm,
+}
+
+
+def convert(model: Model) -> Model:
+    """Make every batch norm of torch in `model`, or `model` itself, one over the global batch.
+
+    In place: a layer stays the object that it is, with its parameters, buffers, options, mode and hooks (so that
+    optimizers and checkpoints need not know); only its class changes. A SyncBatchNorm keeps its process group.
+
+    Returns:
+        `model`.
+
+    Raises:
+        ValueError: a batch norm of another class, whose forward may do something else; nothing is changed then.
+    """
+    found = [(name, module) for name, module in model.named_modules() if isinstance(module, _BatchNorm)]
+    for name, module in found:
+        if type(module) not in OURS and not isinstance(module, GlobalBatchNorm):
+            raise ValueError(
+                f"`{name or 'model'}` must be one of torch's {', '.join(cls.__name__ for cls in OURS)} to be "
+                f"converted, got {type(module).__name__}; replace it by one first (a lazy one by running it once)"
+            )
+    for _, module in found:
+        if isinstance(module, nn.SyncBatchNorm):
+            module.group = module.__dict__.pop("process_group")
+        if type(module) in OURS:
+            module.__class__ = OURS[type(module)]
+    return model
+
+
+def set_group(model: nn.Module, group: dist.ProcessGroup | None) -> None:
+    """Take the statistics of every `GlobalBatchNorm` in `model` over `group` alone (None: over all ranks).
+
+    Raises:
+        ValueError: `model` holds no such layer, or this rank is not in `group`.
+    """
+    if group is not None and collectives.rank(group) < 0:
+        raise ValueError(f"rank {collectives.rank()} is not in the group that its batch norms should use")
+    norms = [module for module in model.modules() if isinstance(module, GlobalBatchNorm)]
+    if not norms:
+        raise ValueError(f"{type(model).__name__} holds no global batch norm; use convert(model) first")
+    for norm in norms:
+        norm.group = group
+
+
+def groups_of(size: int) -> dist.ProcessGroup | None:
+    """Divide all ranks into groups of `size` consecutive ones; returns the group that holds this rank.
+
+    All ranks must call. None stands for all ranks: where `size` is 0 or the world size.
+
+    Raises:
+        ValueError: `size` does not divide the world size.
+    """
+    world_size = collectives.world_size()
+    check_group_size(size, world_size)
+    if size in (0, world_size):
+        return None
+    own, _ = dist.new_subgroups(size)
+    return own
+
+
+def check_group_size(size: int, world_size: int) -> None:
+    """Refuse a group size that is neither 0 (all ranks) nor a divisor of the world size.
+
+    Raises:
+        ValueError: as said; names the nearest sizes that would do.
+    """
+    if size == 0 or (size > 0 and world_size % size == 0):
+        return
+    divisors = [divisor for divisor in range(1, world_size + 1) if world_size % divisor == 0]
+    nearest = sorted({*[d for d in divisors if d < size][-1:], *[d for d in divisors if d > size][:1]})
+    raise ValueError(
+        f"`model.norm_group_size` must divide the world size {world_size}, got {size}; "
+        f"use {' or '.join(map(str, nearest))}, or 0 for all ranks"
     )
-    return dy_xhat, dy_sum
-
-
-def _normalise(
-    x: Tensor, mean: Tensor, var: Tensor, *, weight: Tensor | None, bias: Tensor | None, eps: float
-) -> Tensor:
-    """γ(x − μ)/√(σ² + ε) + β in one pass over x; γ = 1, β = 0 where None."""
-    weight = None if weight is None else weight.to(mean.dtype)
-    bias = None if bias is None else bias.to(mean.dtype)
-    normalised: Tensor = F.batch_norm(x, mean, var, weight, bias, False, 0.0, eps)
-    return normalised
-
-
-def _statistics_dtype(input: Tensor) -> torch.dtype:
-    return torch.float64 if input.dtype == torch.float64 else torch.float32

@@ -8,12 +8,25 @@ Parameters carry torchvision's names (`conv1`, `bn1`, `layer1.0.conv1` …, no `
 the same output as there. Where google's graph differs we follow torchvision, whose checkpoints people hold:
 depths 10, 18 and 34 have no projection shortcut in `layer1`, and the max-pool pads both sides. Batch norm is
 over the global batch. Initialisation is google's: see `initialise_convolution`.
+
+With `selective_kernel` (SimCLR v2; Li et al. 2019, `SK_Conv2D` in the same file with `sk_ratio` 0.0625) each
+bottleneck's 3×3 convolution becomes two that mix by what the image holds, and the net becomes a ResNet-D (He et
+al. 2018): a stem of three 3×3 convolutions, and shortcuts that average where they would skip. Names are those of
+above and, in the stem and the shortcuts, timm's for ResNet-D:
+
+    conv1.{0,3,6}, conv1.{1,4}, bn1                  the stem's convolutions, and the batch norms after each
+    layerI.J.downsample.{1,2}                        convolution and batch norm of a shortcut (0 is the pooling)
+    layerI.J.conv2.{conv,bn}                         both branches' 3×3, first the one, then the other
+    layerI.J.conv2.{squeeze,squeeze_bn,select}       what weighs them against each other (there is no bn2)
+
+The CIFAR stem stays what it is, as in google's. Unlike elsewhere, pooling pads as google's (right and bottom).
 """
 
 import math
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -29,6 +42,8 @@ NUM_BLOCKS = {
     152: (3, 8, 36, 3),
 }
 BASIC_DEPTHS = (10, 18, 34)
+SQUEEZE_RATIO = 16  # the published `sk_ratio` of 0.0625
+SQUEEZE_MIN_CHANNELS = 32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +57,9 @@ class EncoderConfig:
     stem: Literal["imagenet", "cifar"] = "imagenet"
     """imagenet: 7×7 of stride 2, then a max-pool; cifar (for 32² images): 3×3 of stride 1, no max-pool."""
 
+    selective_kernel: bool = False
+    """SimCLR v2's larger networks (SK-ResNet on ResNet-D); depths 50, 101 and 152 only."""
+
     def __post_init__(self) -> None:
         if self.depth not in NUM_BLOCKS:
             raise ValueError(f"`encoder.depth` must be one of {tuple(NUM_BLOCKS)}, got {self.depth}")
@@ -53,6 +71,16 @@ class EncoderConfig:
                 f"`encoder.width` must make {STEM_WIDTH} × width a whole number of channels ≥ 1, "
                 f"got {self.width}; use a multiple of 1/{STEM_WIDTH} such as 0.25, 1 or 2"
             )
+        if self.selective_kernel and self.depth in BASIC_DEPTHS:
+            raise ValueError(
+                f"`encoder.selective_kernel` needs bottleneck blocks, got `encoder.depth` {self.depth}; "
+                "use 50, 101 or 152"
+            )
+        if self.selective_kernel and self.stem == "imagenet" and channels % 2:
+            raise ValueError(
+                f"`encoder.selective_kernel` halves the stem's channels, which must be even, got {channels:.0f} of "
+                f"`encoder.width` {self.width}; use a multiple of 1/{STEM_WIDTH // 2}"
+            )
 
 
 class ResNet(nn.Module):
@@ -61,10 +89,10 @@ class ResNet(nn.Module):
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
         width = int(STEM_WIDTH * config.width)
-        block = BasicBlock if config.depth in BASIC_DEPTHS else Bottleneck
-        is_imagenet = config.stem == "imagenet"
-        self.conv1 = _convolution(3, width, kernel_size=7 if is_imagenet else 3, stride=2 if is_imagenet else 1)
+        block = _block(config)
+        self.conv1 = _stem(config, width)
         self.bn1 = GlobalBatchNorm2d(width)
+        is_imagenet = config.stem == "imagenet"
         self.maxpool = nn.MaxPool2d(kernel_size=3, stride=2, padding=1) if is_imagenet else nn.Identity()
         depths = NUM_BLOCKS[config.depth]
         self.layer1 = _stage(block, width, width, depths[0], stride=1)
@@ -128,6 +156,84 @@ class Bottleneck(nn.Module):
         return F.relu(y, inplace=True)
 
 
+class SelectiveKernelBottleneck(nn.Module):
+    """`Bottleneck` with a `SelectiveKernel` for its 3×3 convolution, and an averaging shortcut."""
+
+    expansion = 4
+
+    def __init__(self, in_channels: int, channels: int, stride: int) -> None:
+        super().__init__()
+        out_channels = channels * self.expansion
+        self.conv1 = _convolution(in_channels, channels, kernel_size=1)
+        self.bn1 = GlobalBatchNorm2d(channels)
+        self.conv2 = SelectiveKernel(channels, stride)
+        self.conv3 = _convolution(channels, out_channels, kernel_size=1)
+        self.bn3 = GlobalBatchNorm2d(out_channels)
+        self.downsample = _averaging_downsample(in_channels, out_channels, stride)
+        nn.init.zeros_(self.bn3.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, in_channels, H, W] → [N, 4·channels, ⌈H/stride⌉, ⌈W/stride⌉]."""
+        y = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        y = self.bn3(self.conv3(self.conv2(y)))
+        y += x if self.downsample is None else self.downsample(x)
+        return F.relu(y, inplace=True)
+
+
+class SelectiveKernel(nn.Module):
+    """Two 3×3 convolutions with batch norm and ReLU, mixed channel by channel by what the whole image holds.
+
+        u₁, u₂ = relu(bn(conv(x)))                        C channels each, out of one convolution to 2C
+        s = relu(bn(squeeze(mean of u₁ + u₂ over positions)))         max(C/16, 32) channels
+        a₁, a₂ = softmax(select(s)) over the two branches             C channels each
+        y = a₁·u₁ + a₂·u₂
+
+    (Li et al. 2019, equations 1–6, as google has it: both kernels are 3×3 and undilated.)
+    """
+
+    def __init__(self, channels: int, stride: int) -> None:
+        super().__init__()
+        squeezed = max(channels // SQUEEZE_RATIO, SQUEEZE_MIN_CHANNELS)
+        self.conv = _convolution(channels, 2 * channels, kernel_size=3, stride=stride)
+        self.bn = GlobalBatchNorm2d(2 * channels)
+        self.squeeze = _convolution(channels, squeezed, kernel_size=1)
+        self.squeeze_bn = GlobalBatchNorm2d(squeezed)
+        self.select = _convolution(squeezed, 2 * channels, kernel_size=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, C, H, W] → [N, C, ⌈H/stride⌉, ⌈W/stride⌉]."""
+        branches = F.relu(self.bn(self.conv(x)), inplace=True)
+        first, second = branches.chunk(2, dim=1)
+        context = sum(F.adaptive_avg_pool2d(branches, 1).chunk(2, dim=1))
+        squeezed = F.relu(self.squeeze_bn(self.squeeze(context)), inplace=True)
+        # Of two values the softmax is the logistic function of their difference.
+        logit, other = self.select(squeezed).chunk(2, dim=1)
+        return torch.lerp(second, first, torch.sigmoid(logit - other))
+
+
+class AveragePool(nn.Module):
+    """Means over 2×2 positions, as google's shortcuts take them.
+
+    Both pad right and bottom: stride 2 by zeros, which only odd sides meet; stride 1 by positions that do not
+    count, so that the last row and column are means of what is there.
+    """
+
+    def __init__(self, stride: int) -> None:
+        super().__init__()
+        self.stride = stride
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, C, H, W] → [N, C, ⌈H/stride⌉, ⌈W/stride⌉]."""
+        if self.stride == 1:
+            x = F.pad(x, (0, 1, 0, 1), mode="replicate")  # a mean of a value with itself is the value
+        elif x.shape[2] % 2 or x.shape[3] % 2:
+            x = F.pad(x, (0, x.shape[3] % 2, 0, x.shape[2] % 2))
+        return F.avg_pool2d(x, 2, self.stride)
+
+
+Block = type[BasicBlock] | type[Bottleneck] | type[SelectiveKernelBottleneck]
+
+
 def initialise_convolution(weight: Tensor) -> None:
     """Truncated normal of variance 1/fan_in: Keras's `VarianceScaling()`, as in google's `tf2/resnet.py`.
 
@@ -145,15 +251,44 @@ def _convolution(in_channels: int, channels: int, *, kernel_size: int, stride: i
     return convolution
 
 
+def _stem(config: EncoderConfig, width: int) -> nn.Module:
+    """What makes `width` channels of an image; the batch norm after it is not part of it."""
+    if config.stem == "cifar":
+        return _convolution(3, width, kernel_size=3)
+    if not config.selective_kernel:
+        return _convolution(3, width, kernel_size=7, stride=2)
+    half = width // 2
+    return nn.Sequential(
+        _convolution(3, half, kernel_size=3, stride=2),
+        GlobalBatchNorm2d(half),
+        nn.ReLU(inplace=True),
+        _convolution(half, half, kernel_size=3),
+        GlobalBatchNorm2d(half),
+        nn.ReLU(inplace=True),
+        _convolution(half, width, kernel_size=3),
+    )
+
+
 def _downsample(in_channels: int, channels: int, stride: int) -> nn.Sequential | None:
     if stride == 1 and in_channels == channels:
         return None
     return nn.Sequential(_convolution(in_channels, channels, kernel_size=1, stride=stride), GlobalBatchNorm2d(channels))
 
 
-def _stage(
-    block: type[BasicBlock] | type[Bottleneck], in_channels: int, channels: int, num_blocks: int, stride: int
-) -> nn.Sequential:
+def _averaging_downsample(in_channels: int, channels: int, stride: int) -> nn.Sequential | None:
+    if stride == 1 and in_channels == channels:
+        return None
+    convolution = _convolution(in_channels, channels, kernel_size=1)
+    return nn.Sequential(AveragePool(stride), convolution, GlobalBatchNorm2d(channels))
+
+
+def _block(config: EncoderConfig) -> Block:
+    if config.selective_kernel:
+        return SelectiveKernelBottleneck
+    return BasicBlock if config.depth in BASIC_DEPTHS else Bottleneck
+
+
+def _stage(block: Block, in_channels: int, channels: int, num_blocks: int, stride: int) -> nn.Sequential:
     blocks = [block(in_channels, channels, stride)]
     blocks += [block(channels * block.expansion, channels, 1) for _ in range(num_blocks - 1)]
     return nn.Sequential(*blocks)
