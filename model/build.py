@@ -1,12 +1,13 @@
 """From a configuration and a seed to a method ready to train."""
 
-import math
 from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 
+from model.exchange import Exchange
 from model.heads import ProjectionHeadConfig
+from model.losses.contrastive import ContrastiveLoss, LossName, check_options
 from model.methods.base import Method
 from model.methods.simclr import SimCLR
 from model.resnet import EncoderConfig
@@ -22,14 +23,38 @@ class ModelConfig:
     """The encoder."""
     projection_head: ProjectionHeadConfig = field(default_factory=ProjectionHeadConfig)
     """The projection head, used in pretraining only."""
+    loss: LossName = "nt_xent"
+    """`nt_xent`, SimCLR's; `nt_logistic` and `margin_triplet` are what its paper compares it with."""
     temperature: float = 0.1
-    """τ of the loss: 0.1 on ImageNet, 0.5 on CIFAR-10 and for long runs."""
+    """τ of NT-Xent and NT-Logistic: 0.1 on ImageNet, 0.5 on CIFAR-10 and for long runs."""
+    learn_temperature: bool = False
+    """Learn τ, from `temperature` on."""
+    normalize: bool = True
+    """Compare directions: divide each projection by its norm."""
+    semi_hard: bool = False
+    """`nt_logistic` and `margin_triplet`: of each row's negatives, only the closest that is farther than the positive
+    (and within the margin)."""
+    margin: float | None = None
+    """`margin_triplet`'s; null: its default."""
+    exchange: Exchange = "all_gather"
+    """How ranks see each other's projections: `all_gather` holds all of them; `ring` two ranks' at a time, for batches
+    whose projections do not fit."""
+    norm_group_size: int = 0
+    """Ranks, one after another, that share batch norm's statistics; 0: all of them, as SimCLR."""
 
     def __post_init__(self) -> None:
         if self.method != "simclr":
             raise ValueError(f"`model.method` must be 'simclr', got {self.method!r}")
-        if not (self.temperature > 0 and math.isfinite(self.temperature)):
-            raise ValueError(f"`model.temperature` must be a finite number > 0, got {self.temperature}; try 0.1")
+        check_options(
+            loss=self.loss,
+            temperature=self.temperature,
+            learn_temperature=self.learn_temperature,
+            semi_hard=self.semi_hard,
+            margin=self.margin,
+            exchange=self.exchange,
+        )
+        if self.norm_group_size < 0:
+            raise ValueError(f"`model.norm_group_size` must be at least 0 (all ranks), got {self.norm_group_size}")
 
 
 def num_views(config: ModelConfig) -> int:
@@ -46,4 +71,16 @@ def build_method(config: ModelConfig, seed: int) -> Method:
     """
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would also reset the GPUs' generators
-        return SimCLR(config.encoder, config.projection_head, config.temperature)
+        return SimCLR(config.encoder, config.projection_head, _build_loss(config))
+
+
+def _build_loss(config: ModelConfig) -> ContrastiveLoss:
+    return ContrastiveLoss(
+        name=config.loss,
+        temperature=config.temperature,
+        learn_temperature=config.learn_temperature,
+        normalize=config.normalize,
+        semi_hard=config.semi_hard,
+        margin=config.margin,
+        exchange=config.exchange,
+    )

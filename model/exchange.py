@@ -10,7 +10,7 @@ Shapes: R rows on this rank (equal on all ranks), W ranks, D width.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 import torch.distributed as dist
@@ -51,6 +51,24 @@ def ring(tensors: tuple[Tensor, ...], group: dist.ProcessGroup | None) -> Iterat
         for transfer in transfers:
             transfer.wait()
         current = coming
+
+
+def block_starts(num_rows: int, exchange: Exchange, group: dist.ProcessGroup | None) -> list[int]:
+    """Where the rows of each block start among all ranks' rows, block by block as they come."""
+    if exchange == "all_gather":
+        return [0]
+    ranks, rank = collectives.world_size(group), collectives.rank(group)
+    return [(rank - turn) % ranks * num_rows for turn in range(ranks)]
+
+
+def check_exchange(exchange: str) -> None:
+    """Refuse a name that is none.
+
+    Raises:
+        ValueError: as said.
+    """
+    if exchange not in get_args(Exchange):
+        raise ValueError(f"`exchange` must be 'all_gather' or 'ring', got {exchange!r}")
 
 
 def _pass_on(

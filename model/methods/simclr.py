@@ -9,21 +9,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.heads import ProjectionHead, ProjectionHeadConfig
+from model.losses.contrastive import ContrastiveLoss
 from model.methods.base import Method
-from model.ntxent.loss import nt_xent
 from model.resnet import EncoderConfig, ResNet
 
 
 class SimCLR(Method):
-    """loss = NT-Xent(g(f(view 1)), g(f(view 2)))."""
+    """loss(g(f(view 1)), g(f(view 2))), where the loss is NT-Xent or one that the paper compares it with."""
 
     num_views = 2
 
-    def __init__(self, encoder: EncoderConfig, projection_head: ProjectionHeadConfig, temperature: float) -> None:
+    def __init__(self, encoder: EncoderConfig, projection_head: ProjectionHeadConfig, loss: ContrastiveLoss) -> None:
         super().__init__()
         self.encoder = ResNet(encoder)
         self.projection_head = ProjectionHead(self.encoder.feature_dim, projection_head)
-        self.temperature = temperature
+        self.contrastive_loss = loss
 
     def project(self, views: list[Tensor]) -> list[Tensor]:
         """See `Method.project`."""
@@ -32,9 +32,9 @@ class SimCLR(Method):
         return list(self.projection_head(self.encoder(torch.cat(views))).chunk(2))
 
     def loss(self, projections: list[Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """See `Method.loss`; the metrics are explained at `NTXentOutput` and `projection_std`."""
-        loss, accuracy = nt_xent(*projections, temperature=self.temperature)
-        return loss, {"contrastive_accuracy": accuracy, "projection_std": projection_std(torch.cat(projections))}
+        """See `Method.loss`; the metrics are explained at `ContrastiveLoss` and `projection_std`."""
+        loss, metrics = self.contrastive_loss(*projections)
+        return loss, metrics | {"projection_std": projection_std(torch.cat(projections))}
 
 
 @torch.no_grad()

@@ -14,12 +14,14 @@ By `all_gather`, the forward gathers u and L, and the backward communicates noth
 pass u (and L) from rank to rank, and no rank ever holds more than two blocks of R rows.
 
 A backend walks the similarities: `scan` gives the log-sum-exp and the maximum over negatives, `gradient` the sum over
-them. Memory: u of all ranks (or two blocks), one gradient of this rank's rows, and what a backend keeps in its tiles.
+them. The form of the rows, which ranks exchange as they are, belongs to the backend: `to_rows` makes them, `to_input`
+takes the gradient back. Memory: u of all ranks (or two blocks), one gradient of this rank's rows, and what a backend
+keeps in its tiles.
 """
 
 from __future__ import annotations
 
-import math
+import functools
 from collections.abc import Iterable
 from typing import Any, NamedTuple, Protocol
 
@@ -29,7 +31,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from model.exchange import Block, Exchange, gathered, ring
-from model.similarity import chain_to_input_, scaled_rows
+from model.ntxent import float_rows
+from model.ntxent.float_rows import Kept
+from model.similarity import clearly_below
 
 
 class Backend(Protocol):
@@ -42,6 +46,20 @@ class Backend(Protocol):
         """What the negatives add to the gradient."""
 
 
+class Rows(Protocol):
+    """A module that makes rows for a backend; `model.ntxent.float_rows` says what its functions take and give."""
+
+    def to_rows(
+        self, z1: Tensor, z2: Tensor, temperature: float | Tensor, normalize: bool
+    ) -> tuple[Tensor, Tensor, Kept]:
+        """Rows, the positives' s, and what is kept for the way back."""
+
+    def to_input(
+        self, grad: Tensor, u: Tensor, kept: Kept, margin: Tensor, upstream: Tensor, temperature: float | Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """What reaches z, both views, and τ."""
+
+
 class Settings(NamedTuple):
     """What the loss is computed with; not differentiated."""
 
@@ -49,6 +67,7 @@ class Settings(NamedTuple):
     group: dist.ProcessGroup | None
     exchange: Exchange
     backend: Backend
+    rows: Rows = float_rows
 
 
 class NTXentFunction(torch.autograd.Function):
@@ -59,23 +78,21 @@ class NTXentFunction(torch.autograd.Function):
         ctx: Any, z1: Tensor, z2: Tensor, temperature: float | Tensor, settings: Settings
     ) -> tuple[Tensor, Tensor]:
         """Loss and accuracy."""
-        u, norms = scaled_rows(z1, z2, temperature, settings.normalize)
-        view1, view2 = u.chunk(2)
-        positive = torch.einsum("nd,nd->n", view1, view2).repeat(2)
+        u, positive, kept = settings.rows.to_rows(z1, z2, temperature, settings.normalize)
         blocks: Iterable[Block] = ring((u,), settings.group)
         if settings.exchange == "all_gather":
             blocks = [gathered((u,), settings.group)]
         negatives, hardest = _scan(u, blocks, settings.backend)
         margin = negatives - positive  # x of the module's docstring
-        losses = torch.logaddexp(margin, margin.new_zeros(()))
+        losses = torch.logaddexp(margin, 0 * positive)  # NaN, not 0, where the positive's s is infinite
         lse = positive + losses
-        accuracy = (positive > hardest).to(losses.dtype).mean()
+        accuracy = (hardest < clearly_below(positive)).to(losses.dtype).mean()
         ctx.settings, ctx.temperature, ctx.dtype = settings, temperature, z1.dtype
         saved = (u, lse)
         if settings.exchange == "all_gather":
             ((columns,), ctx.first), (column_lse,) = *blocks, gathered((lse,), settings.group).tensors
             saved = (columns, column_lse)
-        ctx.save_for_backward(*saved, margin, norms)
+        ctx.save_for_backward(*saved, margin, *kept)
         ctx.mark_non_differentiable(accuracy)
         return losses.mean(), accuracy
 
@@ -83,7 +100,7 @@ class NTXentFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None]:
         """What reaches z1, z2 and τ."""
-        u, lse, margin, norms = ctx.saved_tensors
+        u, lse, margin, *kept = ctx.saved_tensors
         num_rows, settings = len(margin), ctx.settings
         if settings.exchange == "all_gather":
             blocks: Iterable[Block] = [Block((u, lse), ctx.first)]
@@ -91,20 +108,17 @@ class NTXentFunction(torch.autograd.Function):
         else:
             blocks = ring((u, lse), settings.group)
         with torch.autocast(u.device.type, enabled=False):
-            grad = sum(settings.backend.gradient(u, columns, lse, others, first) for (columns, others), first in blocks)
-            pull = torch.sigmoid(margin).view(2, -1, 1).sum(0)
-            for grad_view, other in zip(grad.chunk(2), reversed(u.chunk(2)), strict=True):
-                grad_view.addcmul_(pull, other, value=-1)
-            grad *= grad_loss / num_rows
-            temperature_grad = chain_to_input_(grad, u, norms, ctx.temperature)
+            parts = (settings.backend.gradient(u, columns, lse, others, first) for (columns, others), first in blocks)
+            grad, temperature_grad = settings.rows.to_input(
+                functools.reduce(Tensor.add_, parts), u, tuple(kept), margin, grad_loss, ctx.temperature
+            )
         z1_grad, z2_grad = grad.to(ctx.dtype).chunk(2)
         return z1_grad, z2_grad, temperature_grad if ctx.needs_input_grad[2] else None, None
 
 
 def _scan(u: Tensor, blocks: Iterable[Block], backend: Backend) -> tuple[Tensor, Tensor]:
     """Log-sum-exp and maximum over the negatives of all blocks [R]."""
-    lse = hardest = u.new_full((len(u),), -math.inf)
-    for (columns,), first in blocks:
-        block_lse, block_hardest = backend.scan(u, columns, first)
+    (lse, hardest), *others = (backend.scan(u, columns, first) for (columns,), first in blocks)
+    for block_lse, block_hardest in others:
         lse, hardest = torch.logaddexp(lse, block_lse), torch.maximum(hardest, block_hardest)
     return lse, hardest

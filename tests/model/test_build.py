@@ -31,7 +31,7 @@ def test_weights_depend_on_the_seed_alone():
 def test_the_configuration_arrives():
     method = build_method(SMALL, seed=0)
     assert method.encoder.feature_dim == 64
-    assert method.temperature == 0.2
+    assert method.contrastive_loss.temperature() == 0.2
     assert method.num_views == 2
     assert [layer[0].out_features for layer in method.projection_head.layers] == [6, 6, 4]
 
@@ -42,7 +42,7 @@ def test_defaults_are_simclrs_on_the_meta_device():
     assert all(p.is_meta for p in method.parameters())
     assert sum(p.numel() for p in method.encoder.parameters()) == 23_508_032  # ResNet-50 less its `fc`
     assert method.projection_head.layers[-1][0].out_features == 128
-    assert method.temperature == 0.1
+    assert method.contrastive_loss.temperature() == 0.1
 
 
 @pytest.mark.parametrize("temperature", [0.0, -1.0, float("inf")])

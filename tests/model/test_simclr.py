@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from model.heads import ProjectionHeadConfig
+from model.losses.contrastive import ContrastiveLoss
 from model.methods.simclr import SimCLR, projection_std
 from model.ntxent.loss import nt_xent
 from model.resnet import EncoderConfig
@@ -13,7 +14,7 @@ from model.resnet import EncoderConfig
 def method():
     torch.manual_seed(0)
     encoder = EncoderConfig(depth=10, width=0.125, stem="cifar")
-    return SimCLR(encoder, ProjectionHeadConfig(out_dim=8), temperature=0.2)
+    return SimCLR(encoder, ProjectionHeadConfig(out_dim=8), ContrastiveLoss(temperature=0.2))
 
 
 def test_loss_of_both_views_as_one_batch(method):
