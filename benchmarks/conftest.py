@@ -15,10 +15,14 @@ from pathlib import Path
 import pytest
 
 from benchmarks.contestant import Contestant
-from benchmarks.harness import Floor, Race, Row, Unit, race, write_json
+from benchmarks.harness import Floor, Race, Row, Unit, pooled, race, write_json
+from benchmarks.heats import heats
+from pipelines.buffers import free_host_memory
 
 ROOT = Path(__file__).parents[1]
-OPTIONAL_MODULES = {"lightly": "lightly"}  # by contestant, what it imports of requirements-bench.txt
+# By contestant, what it imports of requirements-bench.txt.
+OPTIONAL_MODULES = {"lightly": "lightly", "metric_learning": "pytorch_metric_learning"}
+MEMORY_SHARE = 0.95  # of what is free; the rest is left to everything else that runs
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -51,18 +55,52 @@ class Bench:
         self._seconds: float = config.getoption("--bench-seconds")
         self.rows: list[Row] = []
 
-    def race(self, work: str, unit: Unit, contestants: Sequence[Contestant], floors: dict[str, Floor]) -> None:
-        """Race those whose packages are installed, and judge the first contestant."""
+    def race(
+        self,
+        work: str,
+        unit: Unit,
+        contestants: Sequence[Contestant],
+        floors: dict[str, Floor],
+        *,
+        max_rounds: int | None = None,
+        one_core: bool = False,
+    ) -> None:
+        """Race those whose packages are installed and for whom there is memory, and judge the first contestant.
+
+        Args:
+            work: its name.
+            unit: of the medians.
+            contestants: the first one is ours.
+            floors: by contestant, what must hold of ours against it.
+            max_rounds: of work so long that a few rounds must do.
+            one_core: assert that nobody used more.
+        """
         present = [contestant for contestant in contestants if is_installed(contestant.name)]
-        self.judge(race(work, unit, present, rounds=self.rounds, seconds=self._seconds), floors)
+        races, remarks = heats(work, present, MEMORY_SHARE * free_host_memory() / 2**20)
+        for remark in remarks:
+            print(f"\n{remark}", end="")
+        if not races:
+            pytest.skip("; ".join(remarks))
+        rounds = min(self.rounds, max_rounds or self.rounds)
+        results = [race(work, unit, entrants, rounds=rounds, seconds=self._seconds) for entrants in races]
+        self._judge(results, floors)
+        if one_core:
+            pooled(results).require_one_core()
 
     def judge(self, result: Race, floors: dict[str, Floor]) -> None:
         """Print the table, keep the rows, and assert the floors of the first contestant."""
-        self.rows += result.rows()
-        ours = next(iter(result.turns))
-        floors = {name: floor for name, floor in floors.items() if name in result.turns}
-        print(f"\n{result.table(ours, floors)}")
-        result.require(ours, floors)
+        self._judge([result], floors)
+
+    def _judge(self, results: Sequence[Race], floors: dict[str, Floor]) -> None:
+        self.rows += pooled(results).rows()
+        verdicts = []
+        for result in results:
+            first, *others = result.turns
+            verdicts.append((result, first, {name: floors[name] for name in others if name in floors}))
+        for result, first, known in verdicts:
+            print(f"\n{result.table(first, known)}")
+        for result, first, known in verdicts:
+            result.require(first, known)
 
     def scaling(self, work: str, by_workers: dict[int, Contestant], *, max_cost: float) -> None:
         """Race one contestant against itself with one worker and with more.

@@ -43,12 +43,16 @@ class Contestant:
             work. A module's function, since its name is what travels to the process.
         arguments: of `setup`; they are pickled.
         step: items are done in multiples of this (a batch for each worker, say).
+        held_mib: memory that its process holds as long as it lives, where that is much.
+        work_mib: memory that it takes beside that in its turns, where that is much.
     """
 
     name: str
     setup: Callable[..., Run]
     arguments: tuple[Any, ...] = ()
     step: int = 1
+    held_mib: float = 0.0
+    work_mib: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,7 +21,19 @@ from typing import Literal
 
 from benchmarks.contestant import Contestant, ContestantProcess, Turn, WarmUp
 
-PACKAGES = ("torch", "torchvision", "numba", "numpy", "ffcv", "nvidia-dali-cuda130", "pillow", "lightly")
+PACKAGES = (
+    "torch",
+    "torchvision",
+    "numba",
+    "numpy",
+    "ffcv",
+    "nvidia-dali-cuda130",
+    "pillow",
+    "lightly",
+    "pytorch-metric-learning",
+)
+
+MAX_CORES = 1.05  # of one thread, by clocks that are not read at the same moment
 
 Unit = Literal["images/s", "s"]
 
@@ -88,15 +100,20 @@ class Race:
                 missed.append(f"at {ours / theirs:.3f} of the memory of {second}, at most {floor.memory}")
         assert not missed, f"{self.work}: {first} is " + "; ".join(missed)
 
+    def require_one_core(self) -> None:
+        """Assert that nobody was helped by a second thread or process: CPU seconds no more than wall seconds."""
+        busy = [row.contestant for row in self.rows() if row.cpu_s_per_item > MAX_CORES * row.median]
+        assert not busy, f"{self.work}: {', '.join(busy)} used more than one core"
+
     def table(self, first: str, floors: dict[str, Floor]) -> str:
         """Aligned lines: each contestant, and how much faster `first` is."""
         lines = [
-            f"{self.work:14} {'median':>10} {self.unit:8} {'spread':>7} {'cpu ms/item':>12} {'peak MiB':>9}"
+            f"{self.work:16} {'median':>10} {self.unit:8} {'spread':>7} {'cpu ms/item':>12} {'peak MiB':>9}"
             f" {'rounds':>7}  {first} is"
         ]
         for row in self.rows():
             lines.append(
-                f"{row.contestant:14} {_figure(row.median):>10} {'':8} {row.spread:>7.1%}"
+                f"{row.contestant:16} {_figure(row.median):>10} {'':8} {row.spread:>7.1%}"
                 f" {row.cpu_s_per_item * 1e3:>12.4g} {row.peak_mib:>9.1f} {row.repeats:>7}  "
                 + ("" if row.contestant == first else self._verdict(first, row.contestant, floors))
             )
@@ -152,6 +169,20 @@ def race(work: str, unit: Unit, contestants: Sequence[Contestant], *, rounds: in
             for process in processes[shift:] + processes[:shift]:
                 turns[process.name].append(process.turn(warm_ups[process.name].items_per_turn, seconds))
     return Race(work=work, unit=unit, warm_ups=warm_ups, turns=turns)
+
+
+def pooled(races: Sequence[Race]) -> Race:
+    """Races of the same work as one, for its rows: all turns of a contestant count, and its highest peak.
+
+    Rounds of different races were not run in turns, so ratios are to be taken from each of them.
+    """
+    warm_ups: dict[str, WarmUp] = {}
+    turns: dict[str, list[Turn]] = {}
+    for one in races:
+        for name, warm_up in one.warm_ups.items():
+            warm_ups[name] = max(warm_up, warm_ups.get(name, warm_up), key=lambda known: known.peak_mib)
+            turns.setdefault(name, []).extend(one.turns[name])
+    return Race(work=races[0].work, unit=races[0].unit, warm_ups=warm_ups, turns=turns)
 
 
 def write_json(path: Path, rows: Sequence[Row]) -> None:

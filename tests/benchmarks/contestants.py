@@ -50,6 +50,20 @@ def hoarder(mebibytes):
     return run
 
 
+def saves_for_backward(mebibytes):
+    """Its forward keeps exp(x), its backward makes a gradient as large."""
+    torch.set_num_threads(1)
+    torch.ones(1, requires_grad=True).exp().sum().backward()  # loads the code, which takes memory too
+    x = torch.ones(mebibytes << 18, requires_grad=True)
+
+    def run(num_items):
+        for _ in range(num_items):
+            x.grad = None
+            x.exp().sum().backward()
+
+    return run
+
+
 def fails_in_setup():
     raise ValueError("no such image set")
 

@@ -11,7 +11,7 @@ import pytest
 
 from benchmarks.conftest import OPTIONAL_MODULES, is_installed, link_images
 from benchmarks.contestant import Contestant, ContestantFailed, Turn, WarmUp
-from benchmarks.harness import Floor, Race, race, write_json
+from benchmarks.harness import Floor, Race, pooled, race, write_json
 from benchmarks.startup import startup_race
 from tests.benchmarks import contestants
 from tests.pipelines.betons import natural_image
@@ -38,6 +38,7 @@ def test_speeds_costs_and_memory_are_those_of_the_work():
         ("spinner", contestants.spinner, (0.005,), 1),
         ("worker", contestants.spinner_in_a_worker, (0.005,), 1),
         ("hoarder", contestants.hoarder, (80,), 1),
+        ("autograd", contestants.saves_for_backward, (40,), 1),
         seconds=0.1,
     )
     rows = by_name(result)
@@ -49,6 +50,7 @@ def test_speeds_costs_and_memory_are_those_of_the_work():
     assert 0.0049 < rows["spinner"].cpu_s_per_item < 0.02
     assert 0.003 < rows["worker"].cpu_s_per_item < 0.02  # counted in hundredths of a second
     assert 79 < rows["hoarder"].peak_mib < 85
+    assert 79 < rows["autograd"].peak_mib < 85
     assert rows["slow"].peak_mib < 5
     assert all(len(turns) == 3 for turns in result.turns.values())
     assert all(turn.items % 10 == 0 for turn in result.turns["fast"])
@@ -78,6 +80,31 @@ def test_medians_spread_and_ratios_by_hand():
     table = images.table("ours", {"theirs": Floor(speed=1.9, goal=9)}).splitlines()
     assert len({len(line.split("  ours is")[0].split("2.00×")[0].rstrip()) for line in table}) == 1
     assert table[2].endswith("2.00× (floor 1.9, goal 9)")
+
+
+def test_races_of_pairs_give_one_row_a_contestant():
+    def pair(name, ours, theirs, peak):
+        warm_ups = {"ours": WarmUp(peak_mib=peak, items_per_turn=1), name: WarmUp(peak_mib=9.0, items_per_turn=1)}
+        turns = {"ours": turns_of(ours), name: turns_of(theirs)}
+        return Race(work="w", unit="s", warm_ups=warm_ups, turns=turns)
+
+    def turns_of(seconds):
+        return [Turn(items=1, seconds=s, cpu_seconds=s) for s in seconds]
+
+    rows = by_name(pooled([pair("a", [1, 2, 3], [4, 4, 5], 1.0), pair("b", [7, 8], [6, 6], 3.0)]))
+    assert list(rows) == ["ours", "a", "b"]
+    assert (rows["ours"].median, rows["ours"].repeats, rows["ours"].peak_mib) == (3, 5, 3.0)
+    assert (rows["a"].median, rows["a"].repeats, rows["b"].median) == (4, 3, 6)
+
+
+def test_more_than_one_core_is_noticed():
+    def one(cpu_seconds):
+        turns = {"ours": [Turn(items=4, seconds=8.0, cpu_seconds=cpu_seconds)]}
+        return Race(work="w", unit="s", warm_ups={"ours": WarmUp(peak_mib=0.0, items_per_turn=4)}, turns=turns)
+
+    one(8.1).require_one_core()
+    with pytest.raises(AssertionError, match="w: ours used more than one core"):
+        one(9.0).require_one_core()
 
 
 @pytest.mark.parametrize(
