@@ -1,31 +1,22 @@
-"""LARS against hand-worked numbers and against its reference, and the scaling of its peak rate."""
+"""LARS as an optimizer: groups, rates, layouts, what is left alone; its configuration and the scaling of its rate."""
 
+import copy
+import itertools
 import math
 
 import pytest
 import torch
 
+from tests.train.test_lars_forms import TRACES
 from train.optim.lars import LARS, LARSConfig, peak_lr
 from train.optim.lars_reference import lars_step
+from train.optim.stretches import FORMS
 
 EXACT = {"rtol": 0, "atol": 1e-14}  # float64 on numbers of order 1
 
 
 def worked_trace():
-    """Three steps by hand, with m = 0.5, λ = 0.5, η = 0.1, p = (3, 4): lr, raw gradient, v and p after it.
-
-    1. lr 1:   g + λp = (-0.9, -1.2) + (1.5, 2) = (0.6, 0.8), norm 1; ‖p‖ = 5; r = 0.1 · 5 / 1 = 0.5
-               v = 1 · 0.5 · (0.6, 0.8) = (0.3, 0.4);  p = (2.7, 3.6)
-    2. lr 0.5: g + λp = (1.65, 2.2) + (1.35, 1.8) = (3, 4), norm 5; ‖p‖ = 4.5; r = 0.1 · 4.5 / 5 = 0.09
-               v = 0.5 · (0.3, 0.4) + 0.5 · 0.09 · (3, 4) = (0.285, 0.38);  p = (2.415, 3.22)
-    3. lr 2:   g + λp = (-2.0075, -1.01) + (1.2075, 1.61) = (-0.8, 0.6), norm 1; ‖p‖ = 4.025; r = 0.4025
-               v = 0.5 · (0.285, 0.38) + 2 · 0.4025 · (-0.8, 0.6) = (-0.5015, 0.673);  p = (2.9165, 2.547)
-    """
-    return [
-        (1.0, [-0.9, -1.2], [0.3, 0.4], [2.7, 3.6]),
-        (0.5, [1.65, 2.2], [0.285, 0.38], [2.415, 3.22]),
-        (2.0, [-2.0075, -1.01], [-0.5015, 0.673], [2.9165, 2.547]),
-    ]
+    return TRACES["classic", False]
 
 
 def worked_plain_trace():
@@ -53,15 +44,6 @@ def test_the_hand_worked_trace():
         torch.testing.assert_close(plain.data, double([plain_p]), **EXACT)
 
 
-def test_the_reference_gives_the_hand_worked_trace():
-    param, buffer = double([3.0, 4.0]), double([0.0, 0.0])
-    for lr, grad, v, p in worked_trace():
-        options = {"momentum": 0.5, "weight_decay": 0.5, "trust_coefficient": 0.1, "adapt": True}
-        param, buffer = lars_step(param, double(grad), buffer, lr=lr, **options)
-        torch.testing.assert_close(buffer, double(v), **EXACT)
-        torch.testing.assert_close(param, double(p), **EXACT)
-
-
 def test_the_learning_rate_is_inside_the_momentum():
     """The outer form (v = m v + r g, p = p − lr v) would rescale the kept momentum as well when lr changes.
 
@@ -80,14 +62,17 @@ def test_the_learning_rate_is_inside_the_momentum():
 
 
 @pytest.mark.parametrize("shape", [(41, 3, 7, 7), (1271, 41), (401,), (1, 1), ()])
-@pytest.mark.parametrize(("dtype", "rtol"), [(torch.float64, 1e-13), (torch.float32, 2e-5)])
+@pytest.mark.parametrize(("dtype", "rtol"), [(torch.float64, 1e-13), (torch.float32, 2e-6)])
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("nesterov", [True, False])
 @pytest.mark.parametrize("adapt", [True, False])
-def test_random_tensors_against_the_reference(shape, dtype, rtol, adapt):
+def test_random_tensors_against_the_reference(shape, dtype, rtol, form, nesterov, adapt):
     generator = torch.Generator().manual_seed(5)
     start = torch.randn(shape, generator=generator, dtype=torch.float64)
     param = torch.nn.Parameter(start.to(dtype))
     options = {"momentum": 0.9, "weight_decay": 1e-2, "trust_coefficient": 1e-2}
-    optimizer = LARS([{"params": [param], "adapt": adapt}], **options)
+    chosen = {"form": form, "nesterov": nesterov}
+    optimizer = LARS([{"params": [param], "adapt": adapt}], **options, **chosen)
     expected, buffer = param.detach().double().clone(), torch.zeros(shape, dtype=torch.float64)
     for lr in (0.7, 0.1, 1.3):
         grad = torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
@@ -95,21 +80,71 @@ def test_random_tensors_against_the_reference(shape, dtype, rtol, adapt):
         param.grad = grad.clone()
         optimizer.step()
         assert torch.equal(param.grad, grad), "a step must leave the gradient as it is"
-        expected, buffer = lars_step(expected, grad.double(), buffer, lr=lr, adapt=adapt, **options)
+        expected, buffer = lars_step(expected, grad.double(), buffer, lr=lr, adapt=adapt, **options, **chosen)
     torch.testing.assert_close(param.data.double(), expected, rtol=rtol, atol=rtol)
+
+
+def test_sixteen_bit_parameters_are_computed_in_float32_and_rounded_once():
+    generator = torch.Generator().manual_seed(6)
+    start, grad = (torch.randn(401, 7, generator=generator).bfloat16() for _ in range(2))
+    param = torch.nn.Parameter(start.clone())
+    param.grad = grad.clone()
+    options = {"lr": 1.0, "momentum": 0.9, "weight_decay": 1e-2, "trust_coefficient": 0.1}
+    optimizer = LARS([param], **options)
+    optimizer.step()
+    expected, buffer = lars_step(start.double(), grad.double(), torch.zeros(401, 7).double(), adapt=True, **options)
+    half_an_ulp = {"rtol": 2**-8 * 1.001, "atol": 1e-6}
+    torch.testing.assert_close(param.data.double(), expected, **half_an_ulp)
+    torch.testing.assert_close(optimizer.state[param]["momentum"].double(), buffer, **half_an_ulp)
 
 
 def test_channels_last_weights_keep_their_layout_and_values():
     start, grad = torch.randn(8, 5, 3, 3), torch.randn(8, 5, 3, 3)
     results = []
-    for layout in (torch.contiguous_format, torch.channels_last):
+    layouts = (torch.contiguous_format, torch.channels_last)
+    for layout, grad_layout in itertools.product(layouts, layouts):
         param = torch.nn.Parameter(start.clone().to(memory_format=layout))
-        param.grad = grad.clone().to(memory_format=layout)
+        param.grad = grad.clone().to(memory_format=grad_layout)
         optimizer = LARS([param], lr=1.0)
         optimizer.step()
         assert optimizer.state[param]["momentum"].stride() == param.stride()
         results.append(param.data)
+    for result in results[1:]:
+        torch.testing.assert_close(result, results[0], rtol=0, atol=1e-6)
+
+
+def test_a_parameter_that_takes_another_layout_keeps_its_momentum():
+    start, grads = torch.randn(8, 5, 3, 3), torch.randn(2, 8, 5, 3, 3)
+    results = []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        param = torch.nn.Parameter(start.clone())
+        optimizer = LARS([param], lr=1.0, trust_coefficient=0.5)
+        for grad in grads:
+            param.grad = grad.clone().contiguous(memory_format=layout)
+            optimizer.step()
+            param.grad = None
+            param.data = param.data.to(memory_format=layout)
+        results.append(param.data)
     torch.testing.assert_close(results[0], results[1], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("view", [lambda x: x.T, lambda x: x[:, ::2], lambda x: x[:, 1:].T])
+def test_parameters_that_are_not_contiguous(view):
+    """Transposed, with gaps, and both."""
+    memory, grad = torch.randn(6, 8), torch.randn(6, 8)
+    param = torch.nn.Parameter(view(memory))
+    param.grad = view(grad).clone()
+    before, kept = param.detach().clone(), memory.clone()
+    LARS([param], lr=1.0, trust_coefficient=0.5, weight_decay=0.0).step()
+    view(kept).copy_(before - 0.5 * before.norm() / param.grad.norm() * param.grad)
+    torch.testing.assert_close(memory, kept, rtol=0, atol=1e-6)
+
+
+def test_sparse_gradients_are_refused():
+    param = torch.nn.Parameter(torch.ones(4, 2))
+    param.grad = torch.ones(4, 2).to_sparse()
+    with pytest.raises(ValueError, match=r"LARS needs dense gradients, got torch.sparse_coo"):
+        LARS([param], lr=1.0).step()
 
 
 @pytest.mark.parametrize(
@@ -174,6 +209,7 @@ def test_a_step_reads_nothing_back_from_the_device():
 
 @pytest.mark.gpu
 def test_the_trace_on_a_gpu():
+    """In float64, which the reference computes."""
     param = torch.nn.Parameter(double([3.0, 4.0]).cuda())
     optimizer = LARS([param], momentum=0.5, weight_decay=0.5, trust_coefficient=0.1)
     for lr, grad, _, p in worked_trace():
@@ -204,3 +240,28 @@ def test_the_peak_rate_scales_as_published():
 def test_a_wrong_hyperparameter_is_named(field, value):
     with pytest.raises(ValueError, match=rf"^`optim\.{field}` must be .*got {value}"):
         LARSConfig(**{field: value})
+
+
+@pytest.mark.parametrize("field", ["lr_scaling", "form", "backend"])
+def test_an_unknown_choice_is_named(field):
+    with pytest.raises(ValueError, match=rf"^`optim\.{field}` must be one of .*, got other$"):
+        LARSConfig(**{field: "other"})
+
+
+def test_a_copy_of_the_optimizer_steps_like_it():
+    param = torch.nn.Parameter(torch.randn(30, 20))
+    optimizer = LARS([param], lr=1.0, form="larc", nesterov=True, backend="reference")
+    param.grad = torch.randn(30, 20)
+    optimizer.step()
+    copied = copy.deepcopy(optimizer)
+    (same,) = copied.param_groups[0]["params"]
+    same.grad = param.grad.clone()
+    optimizer.step()
+    copied.step()
+    assert torch.equal(same, param)
+    assert copied.defaults["backend"] == "reference"
+
+
+def test_nesterov_needs_momentum():
+    with pytest.raises(ValueError, match=r"^`optim\.nesterov` must be false where `optim\.momentum` is 0, got true$"):
+        LARSConfig(nesterov=True, momentum=0.0)

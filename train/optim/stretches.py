@@ -7,11 +7,13 @@ tensors: they are summed over stretches, and over ranks, between the two halves 
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol, get_args
 
+import torch
 from torch import Tensor
 
 Form = Literal["classic", "non_classic", "larc"]
+FORMS: tuple[Form, ...] = get_args(Form)
 
 
 class Options(NamedTuple):
@@ -28,7 +30,7 @@ class Options(NamedTuple):
 
 
 class Stretches(NamedTuple):
-    """Lists of one length; the three tensors of a stretch have one shape, dtype and device, and the same dense strides."""
+    """Lists of one length. A stretch's three tensors have one shape, dtype and device, and the same dense strides."""
 
     params: list[Tensor]
     grads: list[Tensor]
@@ -41,8 +43,30 @@ class Stretches(NamedTuple):
     """Of whole tensors, those without a stretch here included."""
 
 
+class Piece(NamedTuple):
+    """Where a part of a parameter lies in a flat partition."""
+
+    name: str
+    """The parameter's."""
+    tensor: int
+    """Its number, the same on all ranks."""
+    start: int
+    """The first element, in the partition."""
+    size: int
+
+
+def norm_dtype(tensor: Tensor) -> torch.dtype:
+    """What squared norms are kept in beside a stretch: float32 on a GPU, where float64 is slow; else float64."""
+    return torch.float32 if tensor.is_cuda and tensor.dtype != torch.float64 else torch.float64
+
+
+def strides(tensor: Tensor) -> tuple[int, ...]:
+    """The tensor's layout in memory: strides, but 0 for dimensions of one index, whose strides say nothing."""
+    return tuple(stride if size > 1 else 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+
+
 class Backend(Protocol):
-    """A module that computes steps. Nothing here waits for a device.
+    """A module that computes steps, on stretches of one device. Nothing here waits for it.
 
     `skip`, a bool scalar on the device, makes a step leave everything as it is where it is true.
     """
@@ -51,7 +75,7 @@ class Backend(Protocol):
         """A whole step, where every tensor is one stretch."""
 
     def squared_norms(self, stretches: Stretches) -> Tensor:
-        """The stretches' part of ‖p‖² and of ‖d‖² [num_tensors, 2], float64 on the CPU and float32 on a GPU.
+        """The stretches' part of ‖p‖² and of ‖d‖² [num_tensors, 2], in `norm_dtype`.
 
         d is what the form measures against p: the decayed gradient (classic), the whole update (non_classic), or the
         gradient (larc). Rows of tensors that are not adapted may hold anything finite.
