@@ -7,6 +7,7 @@ run directory belongs to one configuration.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -36,6 +37,10 @@ ADJUSTABLE = frozenset(
         "train.log_every",
         "train.checkpoint_every",
         "train.keep_checkpoints",
+        "train.zero_stage",
+        "model.exchange",
+        "optim.backend",
+        "train.on_nonfinite",
     }
 )
 """What may differ when a run is resumed: what machine it runs on, not what it learns (but for rounding, and for the
@@ -52,6 +57,16 @@ class TrainConfig:
     """`auto`: the GPUs that there are, else the CPU."""
     precision: Literal["bf16", "fp32"] = "bf16"
     """`bf16`: autocast to bfloat16, with float32 weights, losses and statistics."""
+    zero_stage: Literal[0, 1, 2] = 0
+    """DeepSpeed's ZeRO: 0 keeps gradients and momentum whole on every rank; 1 shares the momentum (and a float32 copy
+    of the parameters) out among the ranks, 2 the gradients too. The result is the same to rounding."""
+    micro_batch_size: int | None = None
+    """Images that a rank takes through the network at a time; null: all of its share of the batch. The loss and its
+    gradients stay those of the global batch; batch norm's statistics become those of a micro-batch."""
+    gradient_clipping: float = 0.0
+    """Largest norm of the whole gradient, which is scaled down to it; 0: as it is. SimCLR does not clip."""
+    on_nonfinite: Literal["raise", "skip"] = "raise"
+    """At NaN or infinity in the projections or the loss: stop the run, or leave that step out."""
     cpu_threads: int = 0
     """Threads that each rank computes with on the CPU; 0: its share of the machine's cores."""
     log_every: int = 10
@@ -71,6 +86,16 @@ class TrainConfig:
         ):
             if getattr(self, name) < low:
                 raise ValueError(f"`train.{name}` must be at least {low}, got {getattr(self, name)}")
+        if self.zero_stage not in (0, 1, 2):
+            raise ValueError(
+                f"`train.zero_stage` must be 0, 1 or 2, got {self.zero_stage}; 3 would share parameters out"
+            )
+        if self.micro_batch_size is not None and self.micro_batch_size < 1:
+            raise ValueError(f"`train.micro_batch_size` must be null or at least 1, got {self.micro_batch_size}")
+        if not 0.0 <= self.gradient_clipping < math.inf:
+            raise ValueError(
+                f"`train.gradient_clipping` must be finite and not negative, got {self.gradient_clipping}; 0: none"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,6 +133,23 @@ class PretrainConfig:
     def run_dir(self) -> Path:
         """The run's directory."""
         return Path(self.runs_dir) / self.name
+
+
+def check_micro_batch_size(config: PretrainConfig, world_size: int) -> None:
+    """Refuse micro-batches that do not make up a rank's share of the batch.
+
+    Raises:
+        ValueError: as said; names the nearest sizes that do.
+    """
+    local, micro = config.data.global_batch_size // world_size, config.train.micro_batch_size
+    if micro is None or local % micro == 0:
+        return
+    below = max(size for size in range(1, min(micro, local) + 1) if local % size == 0)
+    above = min((size for size in range(micro, local + 1) if local % size == 0), default=below)
+    use = f"{below} or {above}" if above != below else f"{below}"
+    raise ValueError(
+        f"`train.micro_batch_size` must divide a rank's share of the batch, {local} images, got {micro}; use {use}"
+    )
 
 
 def parse_pretrain_config(arguments: Sequence[str] | None = None) -> PretrainConfig:

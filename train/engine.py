@@ -6,19 +6,25 @@ configuration is generated here from ours, so that nothing is set in two places.
 
 from __future__ import annotations
 
+import logging
 import os
 from datetime import timedelta
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
-from torch.optim import Optimizer
+from torch import Tensor, nn
 
 from model.methods.base import Method
+from train.gradient_cache import Cotangents, cached_projections, loss_gradients, micro_batches, surrogate
+from train.nonfinite import NonFiniteGuard
+from train.optim.lars import LARS
+from train.optim.param_groups import load_state_by_name, state_by_name
+from train.optim.zero import FlatGroup, flat_groups, gather_state, partition_lars, scatter_state
 from train.runtime import Ranks
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)  # torch's default; a first step may compile kernels for minutes
+BUCKET_ELEMENTS = 2**25  # of gradients reduced at a time: 128 MiB in float32, where DeepSpeed's default takes 2 GB
 
 
 def init_process_group(device: torch.device) -> None:
@@ -34,46 +40,153 @@ class Engine:
     """A method and its optimizer, wrapped for all ranks.
 
     Args:
-        method: on the CPU or the device; moved and made channels_last here.
-        optimizer: over its parameters.
+        method: on the CPU or the device; moved here, and made channels_last under ZeRO stage 0.
+        optimizer: over its parameters, in groups that carry `param_names`.
         ranks: of this process.
         device: of this rank.
         precision: `bf16` autocasts.
         local_batch_size: images a rank and step.
+        micro_batch_size: images that go through the network at a time, a divisor of `local_batch_size`; default: all.
+        zero_stage: 1 and 2 share the optimizer's state out among the ranks; LARS stays exact, other optimizers do if
+            they treat every element by itself.
+        gradient_clipping: largest norm of the whole gradient; 0: as it is.
+        on_nonfinite: what a step with NaN or infinity does; see `train.nonfinite`.
     """
 
     def __init__(
         self,
         method: Method,
-        optimizer: Optimizer,
+        optimizer: LARS,
         *,
         ranks: Ranks,
         device: torch.device,
         precision: Literal["bf16", "fp32"],
         local_batch_size: int,
+        micro_batch_size: int | None = None,
+        zero_stage: Literal[0, 1, 2] = 0,
+        gradient_clipping: float = 0.0,
+        on_nonfinite: Literal["raise", "skip"] = "raise",
     ) -> None:
         deepspeed = _import_deepspeed(device)
-        config = deepspeed_config(precision, local_batch_size, ranks.world_size)
+        self._micro_batch_size = micro_batch_size or local_batch_size
+        config = deepspeed_config(
+            precision,
+            local_batch_size,
+            ranks.world_size,
+            micro_batch_size=self._micro_batch_size,
+            zero_stage=zero_stage,
+            gradient_clipping=gradient_clipping,
+        )
         self._world_size, self._device = ranks.world_size, device
-        self.optimizer = optimizer
-        self._engine = deepspeed.initialize(
-            model=method, model_parameters=method.parameters(), optimizer=optimizer, config=config
-        )[0]
-        # Only now: DeepSpeed's broadcast of the initial weights needs them contiguous.
-        method.to(memory_format=torch.channels_last)
+        self._autocast: dict[str, Any] = {
+            "device_type": device.type,
+            "dtype": torch.bfloat16,
+            "enabled": precision == "bf16",
+        }
+        self._method, self.optimizer = method, optimizer
+        # DeepSpeed's broadcast of the initial weights, and its flat partitions, need them contiguous.
+        method.to(memory_format=torch.contiguous_format)
+        self._engine, self._deepspeed_optimizer, *_ = deepspeed.initialize(
+            model=_Network(method), model_parameters=method.parameters(), optimizer=optimizer, config=config
+        )
+        self._on_nonfinite = on_nonfinite
+        self._guard = NonFiniteGuard(on_nonfinite, ranks, device)
+        optimizer.skip = self._guard.skip
+        self._flat_groups: list[FlatGroup] = []
+        if zero_stage == 0:
+            method.to(memory_format=torch.channels_last)
+            return
+        self._flat_groups = flat_groups(self._deepspeed_optimizer)
+        partition_lars(optimizer, self._flat_groups)
 
-    def train_step(self, views: list[Tensor], lr: float) -> tuple[Tensor, dict[str, Tensor]]:
+    def train_step(self, views: list[Tensor], *, lr: float, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Forward, backward, all-reduce, optimizer. All ranks must call.
+
+        Args:
+            views: of this rank's images, [N, 3, H, W] each.
+            lr: learning rate of this step.
+            step: its number, from 1, for messages.
 
         Returns:
             The loss of this rank's rows and its metrics, detached and still on the device.
+
+        Raises:
+            RunFailed: see `NonFiniteGuard.check`; on a CPU before anything has moved, on a GPU not here but in
+                `check_finite`, and nothing has moved either.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        loss, metrics = self._engine(views)
+        skips = self._on_nonfinite == "skip"
+        buffers = [buffer.clone() for buffer in self._method.buffers()] if skips else []
+        if len(views[0]) <= self._micro_batch_size:
+            loss, metrics = self._step_at_once(views, step)
+        else:
+            loss, metrics = self._step_in_micro_batches(views, step)
+        for buffer, before in zip(self._method.buffers(), buffers, strict=skips):
+            buffer.copy_(torch.where(self._guard.skip, before, buffer))
+        return loss.detach(), metrics
+
+    def check_finite(self) -> None:
+        """Look at what the steps so far have met; waits for the device.
+
+        Raises:
+            RunFailed: see `NonFiniteGuard.check`; on all ranks alike.
+        """
+        self._guard.check()
+
+    def _step_at_once(self, views: list[Tensor], step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        loss, metrics, projections = self._engine(views, None)
+        self._observe(projections, loss, step)
         self._engine.backward(loss)
         self._engine.step()
-        return loss.detach(), metrics
+        return loss, metrics
+
+    def _step_in_micro_batches(self, views: list[Tensor], step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        with torch.autocast(**self._autocast):
+            projections = cached_projections(self._method, views, self._micro_batch_size)
+            cached = loss_gradients(self._method, projections)
+        self._observe(projections, cached.loss, step)
+        by_piece = zip(*(torch.split(part, self._micro_batch_size) for part in cached.by_projection), strict=True)
+        pieces = list(zip(micro_batches(views, self._micro_batch_size), by_piece, strict=True))
+        for i, (piece, gradients) in enumerate(pieces):
+            last = i == len(pieces) - 1
+            given = Cotangents(list(gradients), cached.by_parameter if last else {})
+            # The gradients are those of the whole batch already, not means over micro-batches. DeepSpeed's stage 0
+            # divides the gradient of a forward's very output by their number all the same: so not the output itself.
+            self._engine.backward(self._engine(piece, given).clone(), scale_wrt_gas=False)
+            self._engine.step()  # the last one moves the parameters
+        return cached.loss, cached.metrics
+
+    def _observe(self, projections: list[Tensor], loss: Tensor, step: int) -> None:
+        self._guard.observe(projections, loss, step)
+        if self._device.type == "cpu":
+            self._guard.check()
+
+    def optimizer_state(self) -> dict[str, dict[str, Tensor]]:
+        """The optimizer's state as `{parameter name: {slot: whole tensor}}`, alike on all ranks. All ranks must call.
+
+        It does not depend on the ZeRO stage, nor on the number of ranks.
+        """
+        if self._flat_groups:
+            return gather_state(self.optimizer, self._flat_groups)
+        return state_by_name(self.optimizer)
+
+    def load_optimizer_state(self, saved: dict[str, dict[str, Tensor]]) -> None:
+        """Replace the optimizer's state by what `optimizer_state` gave, at any stage and number of ranks.
+
+        Raises:
+            ValueError: it is of another model; nothing is changed then.
+        """
+        if self._flat_groups:
+            scatter_state(self.optimizer, self._flat_groups, saved)
+        else:
+            load_state_by_name(self.optimizer, saved)
+
+    def load_parameters(self, saved: dict[str, Tensor]) -> None:
+        """Replace the method's parameters and buffers by what its `state_dict()` gave."""
+        self._method.load_state_dict(saved)
+        if self._flat_groups:  # else the next step would bring the master copy's values back
+            self._deepspeed_optimizer.refresh_fp32_params()
 
     def mean_over_ranks(self, metrics: dict[str, Tensor]) -> dict[str, float]:
         """Average scalars over the ranks, in one collective; waits for the device. All ranks must call."""
@@ -83,16 +196,58 @@ class Engine:
         return dict(zip(metrics, (values / self._world_size).tolist(), strict=True))
 
 
-def deepspeed_config(precision: Literal["bf16", "fp32"], local_batch_size: int, world_size: int) -> dict[str, Any]:
+class _Network(nn.Module):
+    """What DeepSpeed wraps: a forward pass that ends in the scalar to go backward from."""
+
+    def __init__(self, method: Method) -> None:
+        super().__init__()
+        self.method = method
+
+    def forward(self, views: list[Tensor], given: Cotangents | None) -> Any:
+        """The loss, its metrics and the projections; or, where their gradients are given, the surrogate."""
+        projections = self.method.project(views)
+        if given is not None:
+            return surrogate(self.method, projections, given)
+        loss, metrics = self.method.loss(projections)
+        return loss, metrics, [projection.detach() for projection in projections]
+
+
+def deepspeed_config(
+    precision: Literal["bf16", "fp32"],
+    local_batch_size: int,
+    world_size: int,
+    *,
+    micro_batch_size: int | None = None,
+    zero_stage: Literal[0, 1, 2] = 0,
+    gradient_clipping: float = 0.0,
+) -> dict[str, Any]:
     """DeepSpeed's configuration. Its defaults clip gradients to norm 1 and print much; ours do neither."""
+    micro_batch_size = micro_batch_size or local_batch_size
     return {
         "train_batch_size": local_batch_size * world_size,
-        "train_micro_batch_size_per_gpu": local_batch_size,
-        "gradient_accumulation_steps": 1,
-        "gradient_clipping": 0.0,
+        "train_micro_batch_size_per_gpu": micro_batch_size,
+        "gradient_accumulation_steps": local_batch_size // micro_batch_size,
+        "gradient_clipping": gradient_clipping,
         "steps_per_print": 2**31,
-        "zero_optimization": {"stage": 0},
-        "torch_autocast": {"enabled": precision == "bf16", "dtype": "bfloat16"},
+        "communication_data_type": "fp32",
+        "zero_allow_untested_optimizer": True,
+        "zero_optimization": {"stage": zero_stage} if zero_stage == 0 else _partitions(zero_stage, gradient_clipping),
+        "torch_autocast": {
+            "enabled": precision == "bf16",
+            "dtype": "bfloat16",
+            # Whose gradients would be averaged in bfloat16 under ZeRO: nobody's. What autocasts is torch's to know.
+            "lower_precision_safe_modules": [],
+        },
+    }
+
+
+def _partitions(zero_stage: Literal[1, 2], gradient_clipping: float) -> dict[str, Any]:
+    return {
+        "stage": zero_stage,
+        "reduce_bucket_size": BUCKET_ELEMENTS,
+        "overlap_comm": False,
+        # The norm is there to clip by. Where it is not finite, DeepSpeed also leaves the step out, silently.
+        "compute_grad_norm": gradient_clipping > 0.0,
     }
 
 
@@ -104,4 +259,10 @@ def _import_deepspeed(device: torch.device) -> Any:
     import deepspeed
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # a 35 s build for a gain that gloo does not need
+    deepspeed.utils.logger.addFilter(_is_news)
     return deepspeed
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """False for DeepSpeed's word of caution at every optimizer that is not its own; ours is tested under ZeRO."""
+    return "untested optimizer" not in record.getMessage()

@@ -7,13 +7,11 @@ checkpoint of its directory and going on with the next batch of the same epoch.
 from __future__ import annotations
 
 import logging
-import math
 import time
 from typing import NoReturn
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 from tqdm import tqdm
 
 from model.methods.base import Method
@@ -26,12 +24,10 @@ from train.checkpoint import (
     prune_checkpoints,
     save_checkpoint,
 )
-from train.cli import RunFailed
 from train.config import PretrainConfig, resolved_dict
 from train.engine import Engine
 from train.metrics import MetricsWriter
 from train.optim.lars import peak_lr
-from train.optim.param_groups import load_state_by_name, state_by_name
 from train.runtime import Ranks, package_versions
 from train.schedule import learning_rate
 
@@ -65,8 +61,7 @@ class Pretraining:
     Args:
         config: the run's.
         method: what is trained; its weights are those of the seed until `restore` replaces them.
-        optimizer: over the method's parameters.
-        engine: steps both.
+        engine: steps it.
         loader: of this rank's batches.
         ranks: of this process.
         warmup_steps: of the learning rate.
@@ -76,14 +71,13 @@ class Pretraining:
         self,
         config: PretrainConfig,
         method: Method,
-        optimizer: Optimizer,
         engine: Engine,
         loader: Loader,
         ranks: Ranks,
         *,
         warmup_steps: int,
     ) -> None:
-        self.config, self.method, self.optimizer = config, method, optimizer
+        self.config, self.method = config, method
         self.engine, self.loader, self.ranks = engine, loader, ranks
         self.step = 0  # optimizer steps done
         self.steps_per_epoch = len(loader)
@@ -103,8 +97,8 @@ class Pretraining:
             return
         checkpoint = load_checkpoint(path)
         self._start = self.loader.load_state_dict(checkpoint.loader)
-        self.method.load_state_dict(checkpoint.model)
-        load_state_by_name(self.optimizer, checkpoint.optimizer)
+        self.engine.load_parameters(checkpoint.model)
+        self.engine.load_optimizer_state(checkpoint.optimizer)
         self.step = checkpoint.position["step"]
         logger.info("resuming from %s: epoch %d, batch %d", path, *self._start)
 
@@ -156,6 +150,7 @@ class Pretraining:
                 train.checkpoint_every > 0 and self.step % train.checkpoint_every == 0
             )
             if saving or self.step % train.log_every == 0:  # no checkpoint without a look at the loss
+                self.engine.check_finite()
                 means = self.engine.mean_over_ranks(metrics)
                 self._log(writer, bar, {"epoch": epoch, "lr": lr} | means | watch.read())
             if saving:
@@ -165,28 +160,23 @@ class Pretraining:
         lr = learning_rate(
             self.step, peak_lr=self.peak_lr, total_steps=self.total_steps, warmup_steps=self.warmup_steps
         )
-        loss, metrics = self.engine.train_step(batch.views, lr)
+        loss, metrics = self.engine.train_step(batch.views, lr=lr, step=self.step + 1)
         self.step += 1
         self.method.after_step(self.step)
         return {"loss": loss} | metrics, lr
 
     def _log(self, writer: MetricsWriter, bar: tqdm[NoReturn], metrics: dict[str, float]) -> None:
-        """Write a line of metrics, and stop a run whose loss is no longer a number."""
         writer.write(self.step, metrics)
         bar.set_postfix(loss=f"{metrics['loss']:.3f}", img_s=f"{metrics['images_per_sec']:.0f}", refresh=False)
-        if not math.isfinite(metrics["loss"]):
-            raise RunFailed(
-                f"the loss is {metrics['loss']} after step {self.step} of {self.total_steps}; "
-                "lower `optim.base_lr` or lengthen `schedule.warmup_epochs`, and start again"
-            )
 
     def _save(self) -> None:
-        """Write a checkpoint on rank 0; the state is the same on all ranks."""
+        """Write a checkpoint on rank 0; the state is the same on all ranks, which must all call."""
+        optimizer_state = self.engine.optimizer_state()
         if self.ranks.rank != 0:
             return
         checkpoint = Checkpoint(
             model=self.method.state_dict(),
-            optimizer=state_by_name(self.optimizer),
+            optimizer=optimizer_state,
             position={"step": self.step},
             config=resolved_dict(self.config),
             versions=package_versions(),

@@ -257,6 +257,6 @@ def _row_by_row(padded: int, temperature: float | Tensor) -> dict[str, Any]:
 
 
 def _num_warps(constants: dict[str, Any]) -> int:
-    """So that a thread has eight numbers of each row or more."""
+    """So that a thread has sixteen numbers of each view or more."""
     elements: int = constants["BLOCK"] * constants["LANES"]
-    return min(max(elements // 256, 4), 16)
+    return min(max(elements // 512, 4), 16)

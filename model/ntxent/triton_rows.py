@@ -125,7 +125,7 @@ def chain_kernel(
     row1 = _load_rows(z1, image, at, num_images, dim, row_stride1, stride1)
     row2 = _load_rows(z2, image, at, num_images, dim, row_stride2, stride2)
     norm1, norm2 = _norms(row1), _norms(row2)
-    unit1, unit2 = row1 / norm1[:, None], row2 / norm2[:, None]
+    unit1, unit2 = row1 * (1.0 / norm1)[:, None], row2 * (1.0 / norm2)[:, None]
     tau = _number(temperature, LEARNED)
     scale = tl.rsqrt(tau)
     pull = tl.sigmoid(tl.load(margin + image, mask=there, other=0.0))
@@ -140,9 +140,10 @@ def chain_kernel(
     along1, along2 = tl.sum(grad1 * unit1, axis=1), tl.sum(grad2 * unit2, axis=1)
     scale *= tl.load(upstream).to(tl.float32) / (2 * num_images)
     place = grad + tl.cast(image, tl.int64)[:, None] * dim + at[None, :]
-    value1, value2 = _through_norms(grad1, unit1, along1, norm1), _through_norms(grad2, unit2, along2, norm2)
-    tl.store(place, (value1 * scale).to(grad.dtype.element_ty), mask=inside)
-    tl.store(place + second_view * dim, (value2 * scale).to(grad.dtype.element_ty), mask=inside)
+    value1 = _through_norms(grad1, unit1, along1, norm1, scale).to(grad.dtype.element_ty)
+    tl.store(place, value1, mask=inside)
+    value2 = _through_norms(grad2, unit2, along2, norm2, scale).to(grad.dtype.element_ty)
+    tl.store(place + second_view * dim, value2, mask=inside)
     if LEARNED:
         tl.store(temperature_grads + image, (along1 + along2) * scale / (-2.0 * tau), mask=there)
 
@@ -181,7 +182,7 @@ def _store_rows(rows, row, image, at, num_images, PADDED: tl.constexpr, PARTS: t
 
 
 @triton.jit
-def _through_norms(grad, unit, along, norm):
+def _through_norms(grad, unit, along, norm, scale):
     """The part of a gradient along its row is lost in the normalisation, unless the norm stood at its bound."""
     along = tl.where(norm > NORM_EPS, along, 0.0)
-    return (grad - along[:, None] * unit) / norm[:, None]
+    return (grad - along[:, None] * unit) * (scale / norm)[:, None]

@@ -148,7 +148,7 @@ def test_inputs_may_lie_in_any_way(layout):
 def test_stretches_of_any_number_agree_and_repeat_bit_for_bit(dtype):
     few, many = (check(150, 16, dtype, 0.1, processors=processors) for processors in (1, 132))
     assert many[0] == pytest.approx(few[0], rel=1e-6)
-    np.testing.assert_allclose(many[2], few[2], rtol=0, atol=1e-2 * GRADIENT[dtype])
+    assert np.linalg.norm(many[2] - few[2]) < 0.3 * GRADIENT[dtype] * np.linalg.norm(few[2])
     assert (check(150, 16, dtype, 0.1, processors=132)[2] == many[2]).all()
 
 
