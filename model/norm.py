@@ -90,7 +90,11 @@ class GlobalBatchNorm(_BatchNorm):
             output: Tensor = super().forward(input)
         else:
             self._check_input_dim(input)
-            output = self._over_ranks(input)
+            over_ranks = self._over_ranks
+            if torch.compiler.is_compiling():
+                # Collectives stay out of compiled graphs. As a decorator it would import the compiler at every start.
+                over_ranks = torch.compiler.disable(over_ranks)  # type: ignore[no-untyped-call]
+            output = over_ranks(input)
         return output
 
     def _check_input_dim(self, input: Tensor) -> None:
@@ -102,7 +106,6 @@ class GlobalBatchNorm(_BatchNorm):
                 f"got shape {tuple(input.shape)} of {input.dtype}"
             )
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # collectives stay out of compiled graphs
     def _over_ranks(self, input: Tensor) -> Tensor:
         weight_of_batch = 0.0
         if self.num_batches_tracked is not None:
