@@ -48,5 +48,5 @@ def check_temperature(temperature: float | Tensor) -> None:
                 f"`temperature` must be a number or a floating-point scalar tensor, got {temperature.dtype} of shape "
                 f"{tuple(temperature.shape)}"
             )
-    elif not (temperature > 0 and math.isfinite(temperature)):
+    elif not 0 < temperature < math.inf:
         raise ValueError(f"`temperature` must be a finite number > 0, got {temperature}; SimCLR uses 0.1 to 0.5")
