@@ -32,7 +32,7 @@ DTYPES = {"fp16": torch.float16, "fp32": torch.float32}
 FORMS: dict[str, Callable[[float], NTXent]] = {
     "twinview": lambda temperature: lambda z1, z2: nt_xent(z1, z2, temperature=temperature).loss,
     "lightly": lightly,
-    "google": lambda temperature: lambda z1, z2: google_nt_xent(z1, z2, temperature),
+    "google": lambda temperature: _on_the_gpu(lambda z1, z2: google_nt_xent(z1, z2, temperature)),
 }
 
 # Estimates, from what Triton 3.9 compiles for sm_90; no measurement yet. A processor does 4096 float16 operations and
@@ -107,8 +107,17 @@ def _projections(num_images: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 def _call(form: NTXent, z1: Tensor, z2: Tensor) -> tuple[Tensor, ...]:
-    with torch.device("cuda"):  # where the forms are to make their labels and masks
-        return torch.autograd.grad(form(z1, z2), (z1, z2))
+    return torch.autograd.grad(form(z1, z2), (z1, z2))
+
+
+def _on_the_gpu(form: NTXent) -> NTXent:
+    """A form that makes its labels and masks on torch's default device."""
+
+    def call(z1: Tensor, z2: Tensor) -> Tensor:
+        with torch.device("cuda"):
+            return form(z1, z2)
+
+    return call
 
 
 def _graph(call: Callable[[], object]) -> Callable[[], Any]:

@@ -229,6 +229,7 @@ def deepspeed_config(
         "gradient_accumulation_steps": local_batch_size // micro_batch_size,
         "gradient_clipping": gradient_clipping,
         "steps_per_print": 2**31,
+        "timers": {"throughput": {"enabled": False}},  # it would wait for the GPU twice in every step
         "communication_data_type": "fp32",
         "zero_allow_untested_optimizer": True,
         "zero_optimization": {"stage": zero_stage} if zero_stage == 0 else _partitions(zero_stage, gradient_clipping),

@@ -50,6 +50,8 @@ def main() -> None:
     torch.set_num_threads(config.train.cpu_threads or num_cores)
     if device.type == "cpu":
         keep_freed_memory()
+    if config.train.precision == "fp32":
+        torch.backends.cudnn.allow_tf32 = False  # torch's default would compute convolutions with 10 bits
     try:
         loader = build_loader(
             config.data,

@@ -6,7 +6,7 @@ Shapes: N images on this rank, D width.
 from __future__ import annotations
 
 import math
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -22,16 +22,34 @@ LEARNED_RANGE = (0.01, 100.0)
 """Where a learned τ stays: from CLIP's bound on its scale, 1/τ ≤ 100, to the largest τ of SimCLR's table 5."""
 
 
+class _Bounded(torch.autograd.Function):
+    """log τ → itself, within LEARNED_RANGE."""
+
+    @staticmethod
+    def forward(ctx: Any, log_temperature: Tensor) -> Tensor:
+        low, high = (math.log(bound) for bound in LEARNED_RANGE)
+        ctx.save_for_backward(log_temperature)
+        return log_temperature.clamp(low, high)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        """Nothing where a step against it would lead further out."""
+        (log_temperature,) = ctx.saved_tensors
+        low, high = (math.log(bound) for bound in LEARNED_RANGE)
+        leads_out = ((log_temperature < low) & (grad > 0)) | ((log_temperature > high) & (grad < 0))
+        return grad.masked_fill(leads_out, 0.0)
+
+
 class ContrastiveLoss(nn.Module):
     """(z1 [N, D], z2 [N, D]) → the scalar loss, and detached scalars to log; all ranks must call.
 
     The metrics are `contrastive_accuracy` (see `NTXentOutput`) and, where it is learned, `temperature`.
 
     Attributes:
-        log_temperature: the learned log τ [1], a vector, so that optimizers neither decay nor adapt it (DeepSpeed
-            cannot broadcast a scalar); None if τ stays. Where a step took it out of LEARNED_RANGE, the next forward
-            puts it back to the bound, in place, as CLIP does: the gradient never vanishes there. The gradients of the
-            ranks are to be averaged, as all are.
+        log_temperature: the learned log τ [1], so that optimizers neither decay nor adapt it (DeepSpeed cannot
+            broadcast a scalar); None if τ stays. Beyond LEARNED_RANGE the loss sees the bound, and of the gradient
+            only what leads back arrives: nothing but momentum carries it further. Gradients of the ranks are to be
+            averaged, as all are.
     """
 
     log_temperature: nn.Parameter | None
@@ -71,9 +89,8 @@ class ContrastiveLoss(nn.Module):
         """τ; a scalar tensor with a gradient where it is learned."""
         if self.log_temperature is None:
             return self._temperature
-        with torch.no_grad():
-            self.log_temperature.clamp_(*(math.log(bound) for bound in LEARNED_RANGE))
-        return self.log_temperature.float().exp().squeeze()
+        bounded: Tensor = _Bounded.apply(self.log_temperature.float())
+        return bounded.exp().squeeze()
 
     def forward(self, z1: Tensor, z2: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss and metrics."""

@@ -266,11 +266,16 @@ def _similarity(
 
 @triton.jit
 def _add_product(left_high, left_low, right_high, right_low, total, PARTS: tl.constexpr):
-    """`total` plus a product of matrices; its small terms come first."""
-    if PARTS == 2:
-        total = tl.dot(left_high, right_low, total)
-        total = tl.dot(left_low, right_high, total)
-    return tl.dot(left_high, right_high, total)
+    """`total` plus a product of matrices.
+
+    Tensor cores cut off, rather than round, what they add to. So where it matters, a product of its own is summed
+    from its small terms on, and what is long added to is rounded, outside of them.
+    """
+    if PARTS == 1:
+        return tl.dot(left_high, right_high, total)
+    product = tl.dot(left_high, right_low, tl.zeros_like(total))
+    product = tl.dot(left_low, right_high, product)
+    return total + tl.dot(left_high, right_high, product)
 
 
 @triton.jit

@@ -41,7 +41,7 @@ def check(z1, z2, temperature, learned=False):
     tolerance = GRADIENT[dtype] * max(1, 0.1 / temperature) ** 2
     assert (grad - expected_grad).norm() <= tolerance * expected_grad.norm()
     if learned:
-        assert grads[2].item() == pytest.approx(expected_grads[2].item(), rel=10 * GRADIENT[dtype])
+        assert grads[2].item() == pytest.approx(expected_grads[2].item(), rel=10 * tolerance)
     return loss, grads
 
 
@@ -109,6 +109,7 @@ def test_it_neither_waits_for_the_device_nor_leaves_the_current_stream(dtype, le
     tau = torch.tensor(0.1, device="cuda", requires_grad=True) if learned else 0.1
     expected = nt_xent(z1, z2, temperature=tau).loss
     torch.autograd.backward(expected)  # compiles
+    expected = expected.detach()  # the graph would hold z1 to this stream
     expected_grad, z1.grad = z1.grad, None
     stream = torch.cuda.Stream()
     torch.cuda.synchronize()

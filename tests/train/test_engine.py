@@ -136,6 +136,20 @@ def check_nothing_is_compiled(extensions):
     assert OpBuilder._loaded_ops == {}
 
 
+def check_nothing_waits_for_the_device(stage):
+    """DeepSpeed's throughput timer would, twice a step from the third one on."""
+    from deepspeed.accelerator import get_accelerator
+
+    method = Slopes()
+    engine = make_engine(method, lars(method), zero_stage=stage)
+    accelerator = get_accelerator()
+    waits = []
+    accelerator.synchronize = lambda *_: waits.append(1)
+    take_steps(engine, range(5))
+    del accelerator.synchronize
+    assert not waits
+
+
 def check_deepspeed_is_quiet(stage):
     """No word of caution at an optimizer that is not its own."""
     from deepspeed.utils import logger
@@ -156,6 +170,7 @@ def check_everything(rank, extensions):
         check_a_gradient_moves_the_weights_by_all_of_it(stage)
         check_clipping_scales_the_whole_gradient_to_the_limit(stage)
         check_a_gradient_that_is_not_a_number_is_not_passed_over(stage)
+        check_nothing_waits_for_the_device(stage)
         check_deepspeed_is_quiet(stage)
     check_nothing_is_compiled(extensions)
 

@@ -7,6 +7,7 @@ tensors. It fits the forms that scale what enters the momentum: classic and larc
 
 from __future__ import annotations
 
+import functools
 import importlib
 from typing import Any
 
@@ -35,7 +36,7 @@ def squared_norms(stretches: Stretches) -> Tensor:
             measured = (
                 grads if options.form == "larc" else torch._foreach_add(grads, params, alpha=options.weight_decay)
             )
-            tensors = torch.tensor([stretches.tensors[i] for i in chosen], device=device)
+            tensors = _index(tuple(stretches.tensors[i] for i in chosen), device)
             for column, many in enumerate((params, measured)):
                 overflow = torch.zeros(1, dtype=torch.int32, device=device)  # set at NaN, which the norm shows anyway
                 found = _kernels().multi_tensor_l2norm(CHUNK, overflow, [many], True)[1]
@@ -50,13 +51,19 @@ def update(stretches: Stretches, squared_norms: Tensor, skip: Tensor | None) -> 
     for options, chosen in _by_options(stretches).items():
         params, grads, buffers = _flat(stretches, chosen)
         fresh = _decayed(grads, params, options)
-        tensors = torch.tensor([stretches.tensors[i] for i in chosen], device=device)
+        tensors = _index(tuple(stretches.tensors[i] for i in chosen), device)
         scales = _scales(squared_norms[tensors].sqrt(), options).to(params[0].dtype)
         torch._foreach_mul_(fresh, list(scales.unbind()))
         rate = 1.0 if options.form == "classic" else options.lr
         # weight decay, momentum, dampening, rate, Nesterov, first run, decay after momentum, scale of the gradient
         settings = (0.0, options.momentum, 0.0, rate, options.nesterov, False, False, 1.0)
         _kernels().multi_tensor_sgd(CHUNK, leave, [fresh, params, buffers], *settings)
+
+
+@functools.lru_cache(maxsize=64)
+def _index(tensors: tuple[int, ...], device: torch.device) -> Tensor:
+    """Numbers of tensors on the device; sending them would make the host wait, so they are sent once."""
+    return torch.tensor(tensors, device=device)
 
 
 def _decayed(grads: list[Tensor], params: list[Tensor], options: Options) -> list[Tensor]:
