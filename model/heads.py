@@ -27,9 +27,9 @@ class ProjectionHeadConfig:
     def __post_init__(self) -> None:
         for name in ("num_layers", "out_dim"):
             if getattr(self, name) < 1:
-                raise ValueError(f"`projection_head.{name}` must be at least 1, got {getattr(self, name)}")
+                raise ValueError(f"`model.projection_head.{name}` must be at least 1, got {getattr(self, name)}")
         if self.hidden_dim is not None and self.hidden_dim < 1:
-            raise ValueError(f"`projection_head.hidden_dim` must be null or at least 1, got {self.hidden_dim}")
+            raise ValueError(f"`model.projection_head.hidden_dim` must be null or at least 1, got {self.hidden_dim}")
 
 
 class ProjectionHead(nn.Module):

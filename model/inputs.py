@@ -36,8 +36,11 @@ def check_projections(z1: Tensor, z2: Tensor, group: dist.ProcessGroup | None) -
         )
 
 
-def check_temperature(temperature: float | Tensor) -> None:
+def check_temperature(temperature: float | Tensor) -> float | Tensor:
     """Refuse a τ that is not a finite number above 0; a tensor must be a scalar, and its value is not read.
+
+    Returns:
+        τ; a tensor in at least float32.
 
     Raises:
         ValueError: as said.
@@ -48,5 +51,7 @@ def check_temperature(temperature: float | Tensor) -> None:
                 f"`temperature` must be a number or a floating-point scalar tensor, got {temperature.dtype} of shape "
                 f"{tuple(temperature.shape)}"
             )
-    elif not 0 < temperature < math.inf:
+        return temperature if temperature.dtype == torch.float64 else temperature.float()
+    if not 0 < temperature < math.inf:
         raise ValueError(f"`temperature` must be a finite number > 0, got {temperature}; SimCLR uses 0.1 to 0.5")
+    return temperature

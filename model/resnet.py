@@ -62,24 +62,24 @@ class EncoderConfig:
 
     def __post_init__(self) -> None:
         if self.depth not in NUM_BLOCKS:
-            raise ValueError(f"`encoder.depth` must be one of {tuple(NUM_BLOCKS)}, got {self.depth}")
+            raise ValueError(f"`model.encoder.depth` must be one of {tuple(NUM_BLOCKS)}, got {self.depth}")
         if self.stem not in ("imagenet", "cifar"):
-            raise ValueError(f"`encoder.stem` must be 'imagenet' or 'cifar', got {self.stem!r}")
+            raise ValueError(f"`model.encoder.stem` must be 'imagenet' or 'cifar', got {self.stem!r}")
         channels = STEM_WIDTH * self.width
         if not (math.isfinite(channels) and channels >= 1 and channels == int(channels)):
             raise ValueError(
-                f"`encoder.width` must make {STEM_WIDTH} × width a whole number of channels ≥ 1, "
+                f"`model.encoder.width` must make {STEM_WIDTH} × width a whole number of channels ≥ 1, "
                 f"got {self.width}; use a multiple of 1/{STEM_WIDTH} such as 0.25, 1 or 2"
             )
         if self.selective_kernel and self.depth in BASIC_DEPTHS:
             raise ValueError(
-                f"`encoder.selective_kernel` needs bottleneck blocks, got `encoder.depth` {self.depth}; "
+                f"`model.encoder.selective_kernel` needs bottleneck blocks, got `model.encoder.depth` {self.depth}; "
                 "use 50, 101 or 152"
             )
         if self.selective_kernel and self.stem == "imagenet" and channels % 2:
             raise ValueError(
-                f"`encoder.selective_kernel` halves the stem's channels, which must be even, got {channels:.0f} of "
-                f"`encoder.width` {self.width}; use a multiple of 1/{STEM_WIDTH // 2}"
+                f"`model.encoder.selective_kernel` halves the stem's channels, which must be even, got "
+                f"{channels:.0f} of `model.encoder.width` {self.width}; use a multiple of 1/{STEM_WIDTH // 2}"
             )
 
 

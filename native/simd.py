@@ -10,9 +10,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from llvmlite import ir
+from llvmlite import binding, ir
 from numba import types
 from numba.extending import intrinsic, models, register_model
+
+# Addresses are sums of integers here. LLVM's last pass may take a summand for the pointer, and the rest for its offset:
+# for a loop counter of 0 a store to "null plus something", which is then dropped. So it is told to add integers.
+binding.set_option("", "-addr-sink-using-gep=false")
 
 NUM_LANES = 16
 

@@ -152,6 +152,26 @@ def check_micro_batch_size(config: PretrainConfig, world_size: int) -> None:
     )
 
 
+def norm_batch_size(config: PretrainConfig, world_size: int) -> int:
+    """Images whose views share batch norm's statistics: of a micro-batch, on the ranks of a group."""
+    local = config.data.global_batch_size // world_size
+    return (config.train.micro_batch_size or local) * (config.model.norm_group_size or world_size)
+
+
+def summary(config: PretrainConfig, world_size: int) -> str:
+    """What a run computes and how, in a line for its log."""
+    model, optim, train = config.model, config.optim, config.train
+    local = config.data.global_batch_size // world_size
+    pieces = local // (train.micro_batch_size or local)
+    mining = ", semi-hard" * model.semi_hard
+    return (
+        f"{model.method} on {world_size} ranks of {local} images in {pieces} micro-batches; {train.precision}; "
+        f"ZeRO {train.zero_stage}; loss {model.loss}{mining}, {model.exchange}; batch norm over "
+        f"{norm_batch_size(config, world_size)} images; LARS {optim.form}{', Nesterov' * optim.nesterov}; "
+        f"gradient clipping {train.gradient_clipping or 'none'}; on_nonfinite {train.on_nonfinite}"
+    )
+
+
 def parse_pretrain_config(arguments: Sequence[str] | None = None) -> PretrainConfig:
     """Read `--config FILE.yaml` and `--section.field value` overrides; later ones win.
 
@@ -218,7 +238,14 @@ def claim_run_dir(config: PretrainConfig) -> None:
     path = config.run_dir / CONFIG_FILE
     ours = _flatten(asdict(config))
     if path.exists():
-        theirs = _flatten(read_run_config(config.run_dir))
+        stored = read_run_config(config.run_dir)
+        try:  # an option that is newer than the run had its default's effect there
+            stored = resolved_dict(config_from_dict(stored))
+        except ValueError as error:
+            raise ValueError(
+                f"{path} was written by another version of Twinview ({error}); choose another `name`"
+            ) from error
+        theirs = _flatten(stored)
         for key in sorted(ours.keys() | theirs.keys()):
             if key not in ADJUSTABLE and _plain(ours.get(key)) != theirs.get(key):
                 raise ValueError(

@@ -20,7 +20,7 @@ from train.gradient_cache import Cotangents, cached_projections, loss_gradients,
 from train.nonfinite import NonFiniteGuard
 from train.optim.lars import LARS
 from train.optim.param_groups import load_state_by_name, state_by_name
-from train.optim.zero import FlatGroup, flat_groups, gather_state, partition_lars, scatter_state
+from train.optim.zero import FlatGroup, flat_groups, gather_state, partition_gradients, partition_lars, scatter_state
 from train.runtime import Ranks
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)  # torch's default; a first step may compile kernels for minutes
@@ -136,8 +136,9 @@ class Engine:
 
     def _step_at_once(self, views: list[Tensor], step: int) -> tuple[Tensor, dict[str, Tensor]]:
         loss, metrics, projections = self._engine(views, None)
-        self._observe(projections, loss, step)
+        self._guard.observe(projections, loss)
         self._engine.backward(loss)
+        self._guard_step(step)
         self._engine.step()
         return loss, metrics
 
@@ -145,7 +146,7 @@ class Engine:
         with torch.autocast(**self._autocast):
             projections = cached_projections(self._method, views, self._micro_batch_size)
             cached = loss_gradients(self._method, projections)
-        self._observe(projections, cached.loss, step)
+        self._guard.observe(projections, cached.loss)
         by_piece = zip(*(torch.split(part, self._micro_batch_size) for part in cached.by_projection), strict=True)
         pieces = list(zip(micro_batches(views, self._micro_batch_size), by_piece, strict=True))
         for i, (piece, gradients) in enumerate(pieces):
@@ -154,11 +155,18 @@ class Engine:
             # The gradients are those of the whole batch already, not means over micro-batches. DeepSpeed's stage 0
             # divides the gradient of a forward's very output by their number all the same: so not the output itself.
             self._engine.backward(self._engine(piece, given).clone(), scale_wrt_gas=False)
+            if last:
+                self._guard_step(step)
             self._engine.step()  # the last one moves the parameters
         return cached.loss, cached.metrics
 
-    def _observe(self, projections: list[Tensor], loss: Tensor, step: int) -> None:
-        self._guard.observe(projections, loss, step)
+    def _guard_step(self, step: int) -> None:
+        """Between the last backward and the optimizer."""
+        parameters = self._method.parameters()
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        if self._flat_groups:
+            gradients = partition_gradients(self._deepspeed_optimizer)
+        self._guard.conclude(gradients, step)
         if self._device.type == "cpu":
             self._guard.check()
 

@@ -24,7 +24,7 @@ from train.checkpoint import (
     prune_checkpoints,
     save_checkpoint,
 )
-from train.config import PretrainConfig, resolved_dict
+from train.config import PretrainConfig, norm_batch_size, resolved_dict, summary
 from train.engine import Engine
 from train.metrics import MetricsWriter
 from train.optim.lars import peak_lr
@@ -84,6 +84,7 @@ class Pretraining:
         self.total_steps = config.train.epochs * self.steps_per_epoch
         self.warmup_steps = warmup_steps
         self.peak_lr = peak_lr(config.optim, config.data.global_batch_size)
+        self.norm_batch_size = norm_batch_size(config, ranks.world_size)
         self._start = (0, 0)  # epoch and batch
 
     def restore(self) -> None:
@@ -96,6 +97,13 @@ class Pretraining:
         if path is None:
             return
         checkpoint = load_checkpoint(path)
+        found = checkpoint.position.get("norm_batch_size", self.config.data.global_batch_size)
+        if found != self.norm_batch_size:
+            raise ValueError(
+                f"{path} was trained with batch norm over {found} images, which `train.micro_batch_size` and "
+                f"`model.norm_group_size` on {self.ranks.world_size} ranks make {self.norm_batch_size}; resume with "
+                "values, or on a number of ranks, that make them as many"
+            )
         self._start = self.loader.load_state_dict(checkpoint.loader)
         self.engine.load_parameters(checkpoint.model)
         self.engine.load_optimizer_state(checkpoint.optimizer)
@@ -118,6 +126,7 @@ class Pretraining:
     def run(self) -> None:
         """Train until the last epoch is done. All ranks must call."""
         is_main = self.ranks.rank == 0
+        logger.info("%s", summary(self.config, self.ranks.world_size))
         with (
             MetricsWriter(self.config.run_dir, enabled=is_main, resume_step=self.step) as writer,
             tqdm(
@@ -177,7 +186,7 @@ class Pretraining:
         checkpoint = Checkpoint(
             model=self.method.state_dict(),
             optimizer=optimizer_state,
-            position={"step": self.step},
+            position={"step": self.step, "norm_batch_size": self.norm_batch_size},
             config=resolved_dict(self.config),
             versions=package_versions(),
             loader=self.loader.state_dict(),

@@ -1,8 +1,9 @@
 """NaN and infinity in a step: seen before the optimizer moves, named by rank and step, without waiting for a GPU.
 
-Each rank looks at its own projections and loss; one small all-reduce tells all ranks what each has seen. The answer
-stays on the device, where it also holds the optimizer back, so that nothing has to wait for it. On the CPU it is read
-at once; on a GPU when the loop looks at its metrics, and before every checkpoint.
+Each rank looks at its own projections, its loss, and the gradients that its optimizer will take; one small all-reduce
+tells all ranks what each has seen. The answer stays on the device, where it also holds the optimizer back, so that
+nothing has to wait for it. On the CPU it is read at once; on a GPU when the loop looks at its metrics, and before
+every checkpoint.
 
 Shapes: W ranks.
 """
@@ -21,7 +22,7 @@ from train.runtime import Ranks
 
 logger = logging.getLogger(__name__)
 
-FINE, NAN, INFINITE, LOSS = range(4)
+FINE, NAN, INFINITE, LOSS, GRADIENT = range(5)
 FOUND = {
     NAN: "NaN in the projections",
     INFINITE: "an infinity in the projections",
@@ -44,19 +45,36 @@ class NonFiniteGuard:
         self._first_step = torch.full((ranks.world_size,), -1, dtype=torch.int64, device=device)
         self._found = torch.zeros(ranks.world_size, dtype=torch.int32, device=device)
         self._skipped = torch.zeros(2, dtype=torch.int64, device=device)  # in all, and in a row until now
+        self._kind = torch.zeros((), dtype=torch.int64, device=device)  # what this rank has seen in this step
         self._reported = 0
         self.skip = torch.zeros((), dtype=torch.bool, device=device)
         """Whether the optimizer must not move now: a scalar on the device."""
 
     @torch.no_grad()
-    def observe(self, projections: list[Tensor], loss: Tensor, step: int) -> None:
-        """Look at what step `step` (counted from 1) computed. All ranks must call; nothing waits for a GPU."""
+    def observe(self, projections: list[Tensor], loss: Tensor) -> None:
+        """Look at a step's forward pass."""
+        has_nan = torch.stack([projection.isnan().any() for projection in projections]).any()
+        has_infinity = torch.stack([projection.isinf().any() for projection in projections]).any()
+        kind = torch.where(loss.isfinite(), FINE, LOSS)
+        self._kind = torch.where(has_nan, NAN, torch.where(has_infinity, INFINITE, kind))
+
+    @torch.no_grad()
+    def conclude(self, gradients: list[Tensor], step: int) -> None:
+        """Look at the gradients, and set `skip` for the optimizer. All ranks must call; nothing waits for a GPU.
+
+        Args:
+            gradients: what this rank's optimizer takes, reduced over the ranks.
+            step: its number, from 1.
+        """
+        if gradients:
+            largest = torch.stack([norm.float() for norm in torch._foreach_norm(gradients, float("inf"))]).max()
+            self._kind = torch.where((self._kind == FINE) & ~largest.isfinite(), GRADIENT, self._kind)
         seen = torch.zeros_like(self._found)
-        seen[self._ranks.rank] = _kind(projections, loss)
+        seen[self._ranks.rank] = self._kind
         if self._ranks.world_size > 1:
             dist.all_reduce(seen)
-        # A loss is global: one rank's NaN is every rank's. Those whose own projections are sound are not to blame.
-        to_blame = torch.where(((seen == NAN) | (seen == INFINITE)).any() & (seen == LOSS), FINE, seen)
+        # Loss and gradient are global: one rank's NaN is every rank's. Those with sound projections are not to blame.
+        to_blame = torch.where(((seen == NAN) | (seen == INFINITE)).any() & (seen >= LOSS), FINE, seen)
         is_first = (to_blame != FINE) & (self._first_step < 0)
         self._first_step.masked_fill_(is_first, step)
         self._found.copy_(torch.where(is_first, to_blame, self._found))
@@ -95,6 +113,8 @@ class NonFiniteGuard:
 
 def _blame(found: list[int]) -> str:
     """What each rank found, in words; batch norm spreads what one rank meets to all of its group."""
+    if GRADIENT in found:  # averaged over the ranks, and perhaps shared out among them: nobody's own
+        return "losses are finite, the gradient is not"
     ranks = {kind: [rank for rank, of_rank in enumerate(found) if of_rank == kind] for kind in FOUND}
     if len(found) > 1 and len(set(found)) == 1:
         return f"every rank had {FOUND[found[0]]}"
@@ -103,11 +123,3 @@ def _blame(found: list[int]) -> str:
         for kind, those in ranks.items()
         if those
     )
-
-
-def _kind(projections: list[Tensor], loss: Tensor) -> Tensor:
-    """What this rank sees, as an int32 scalar."""
-    has_nan = torch.stack([projection.isnan().any() for projection in projections]).any()
-    has_infinity = torch.stack([projection.isinf().any() for projection in projections]).any()
-    kind = torch.where(loss.isfinite(), FINE, LOSS)
-    return torch.where(has_nan, NAN, torch.where(has_infinity, INFINITE, kind)).to(torch.int32)

@@ -49,7 +49,7 @@ def nt_logistic(
         ValueError: shapes or dtypes that do not fit; τ ≤ 0; an unknown exchange; N that differs between ranks (seen
             on the CPU only: see `model.inputs.check_projections`).
     """
-    check_temperature(temperature)
+    temperature = check_temperature(temperature)
     selection = semi_hard_negative if semi_hard else every_negative
     settings = Settings(Logistic(), selection, normalize, group, exchange)
     return pair_loss(z1, z2, temperature, settings)

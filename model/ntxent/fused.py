@@ -60,7 +60,7 @@ def scan(rows: Tensor, columns: Tensor, first: int | None) -> tuple[Tensor, Tens
         np.column_stack((met, met_as_column[:num_rows])) for met, met_as_column in zip(by_row, by_column, strict=True)
     )
     hardest = maxima.max(1)
-    with np.errstate(divide="ignore", invalid="ignore"):  # no negatives: log 0; inf and NaN go their way
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):  # no negatives: log 0; inf and NaN go on
         if shared:
             lse = np.log(sums.sum(1, dtype=np.float64)) + bound
         else:

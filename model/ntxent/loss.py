@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from model import collectives
-from model.exchange import Exchange
+from model.exchange import Exchange, check_exchange
 from model.inputs import check_projections, check_temperature
 from model.ntxent import ops
 from model.ntxent.autograd import NTXentFunction, Settings
@@ -76,7 +76,8 @@ def nt_xent(
             `model.inputs.check_projections`).
     """
     check_projections(z1, z2, group)
-    check_temperature(temperature)
+    temperature = check_temperature(temperature)
+    check_exchange(exchange)
     ranks = collectives.world_size(group)
     if backend == "auto":
         backend = next(name for name in BACKENDS if _unmet(name, z1, normalize) is None)

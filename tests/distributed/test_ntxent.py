@@ -29,6 +29,7 @@ def check_everything(rank):
                 check_loss_and_gradient(group, len(ranks), exchange)
                 check_float32(group, len(ranks), exchange)
     check_parameter_gradients_average()
+    check_the_backward_of_all_gather_is_silent(rank)
     check_reference_is_refused()
     check_unequal_rows_are_refused(rank)
 
@@ -60,6 +61,14 @@ def check_float32(group, world_size, exchange):
         torch.testing.assert_close(ours / world_size, theirs[own], rtol=0, atol=1e-6)
 
 
+def check_the_backward_of_all_gather_is_silent(rank):
+    """Rank 0 alone runs it: a collective would wait for the others until time runs out."""
+    z1, z2 = projections(NUM_IMAGES, 16, seed=rank)
+    loss = nt_xent(z1, z2, temperature=0.1).loss
+    if rank == 0:
+        assert gradients(loss, z1, z2)[0].any()
+
+
 def check_parameter_gradients_average():
     """Data parallelism: the ranks' gradients of a shared layer, averaged, are those of all rows together."""
     x1, x2 = projections(4 * NUM_IMAGES, 16)
@@ -78,6 +87,9 @@ def check_reference_is_refused():
 
 
 def check_unequal_rows_are_refused(rank):
+    z = torch.ones(4 * (rank % 2), 3)
+    with pytest.raises(ValueError, match=r"the same number of rows, got \[0, 4, 0, 4\] in rank order"):
+        nt_xent(z, z, temperature=0.1)
     z = torch.ones(2 + rank % 2, 3)
     with pytest.raises(ValueError, match=r"the same number of rows, got \[2, 3, 2, 3\] in rank order"):
         nt_xent(z, z, temperature=0.1)

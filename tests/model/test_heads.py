@@ -46,5 +46,5 @@ def test_dense_weights_start_small():
 
 @pytest.mark.parametrize("name", ["num_layers", "out_dim", "hidden_dim"])
 def test_bad_configs_are_named(name):
-    with pytest.raises(ValueError, match=rf"`projection_head.{name}` must be .*at least 1, got 0"):
+    with pytest.raises(ValueError, match=rf"`model.projection_head.{name}` must be .*at least 1, got 0"):
         ProjectionHeadConfig(**{name: 0})

@@ -231,6 +231,8 @@ def test_backend_choice_is_logged_once(caplog):
         (torch.ones(2, 3), torch.ones(3, 3), {}, r"\[N, D\] alike with N, D ≥ 1, got \(2, 3\) and \(3, 3\)"),
         (torch.ones(3), torch.ones(3), {}, r"got \(3,\) and \(3,\)"),
         (torch.ones(0, 3), torch.ones(0, 3), {}, r"got \(0, 3\) and \(0, 3\)"),
+        (torch.ones(2, 0), torch.ones(2, 0), {}, r"got \(2, 0\) and \(2, 0\)"),
+        (torch.ones(2, 3), torch.ones(2, 3), {"exchange": "allgather"}, "`exchange` must be .* got 'allgather'"),
         (torch.ones(2, 3), torch.ones(2, 3).double(), {}, "one of the dtypes .*, got torch.float32 and"),
         (torch.ones(2, 3).int(), torch.ones(2, 3).int(), {}, "dtypes .*, got torch.int32"),
         (torch.ones(2, 3), torch.ones(2, 3), {"temperature": 0.0}, "`temperature` must be .* > 0, got 0.0"),

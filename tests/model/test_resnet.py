@@ -242,17 +242,17 @@ def test_convolutions_start_as_keras_variance_scaling():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"depth": 20}, r"`encoder.depth` must be one of \(10, 18, 34, 50, 101, 152\), got 20"),
-        ({"stem": "mnist"}, "`encoder.stem` must be 'imagenet' or 'cifar', got 'mnist'"),
-        ({"width": 0.3}, "`encoder.width` must make 64 × width a whole number .* got 0.3; use a multiple"),
-        ({"width": 0}, "`encoder.width` .* got 0"),
-        ({"width": -1}, "`encoder.width` .* got -1"),
-        ({"width": float("nan")}, "`encoder.width` .* got nan"),
+        ({"depth": 20}, r"`model.encoder.depth` must be one of \(10, 18, 34, 50, 101, 152\), got 20"),
+        ({"stem": "mnist"}, "`model.encoder.stem` must be 'imagenet' or 'cifar', got 'mnist'"),
+        ({"width": 0.3}, "`model.encoder.width` must make 64 × width a whole number .* got 0.3; use a multiple"),
+        ({"width": 0}, "`model.encoder.width` .* got 0"),
+        ({"width": -1}, "`model.encoder.width` .* got -1"),
+        ({"width": float("nan")}, "`model.encoder.width` .* got nan"),
         (
             {"depth": 18, "selective_kernel": True},
-            "`encoder.selective_kernel` needs .* `encoder.depth` 18; use 50, 101",
+            "`model.encoder.selective_kernel` needs .* `model.encoder.depth` 18; use 50, 101",
         ),
-        ({"width": 1 / 64, "selective_kernel": True}, "must be even, got 1 of `encoder.width` .* multiple of 1/32"),
+        ({"width": 1 / 64, "selective_kernel": True}, "must be even, got 1 .* multiple of 1/32"),
     ],
 )
 def test_bad_configs_are_named(options, message):

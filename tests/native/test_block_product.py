@@ -1,5 +1,11 @@
 """Matrix products from blocks in registers, against NumPy in float64."""
 
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 from numba import njit
@@ -45,3 +51,38 @@ def test_equal_rows_have_equal_products():
     c = np.empty((2 * BLOCK_ROWS + 1, WIDTH), np.float32)
     multiply(np.tile(row, (len(c), 1)), np.tile(column[:, None], WIDTH), c, False)
     assert (c == c[0, 0]).all()
+
+
+PROGRAM = """
+import numpy as np
+from numba import njit
+from native.block_product import block_shape, product
+from native.simd import NUM_LANES
+
+rows, vectors = block_shape()
+width = vectors * NUM_LANES
+
+
+@njit
+def add_product(a, b, c):
+    for start in range(0, c.shape[1], width):
+        product(
+            rows, vectors, a.ctypes.data, a.strides[0], 4, b.ctypes.data + 4 * start, b.strides[0], b.shape[0],
+            c.ctypes.data + 4 * start, c.strides[0], c.shape[0], True,
+        )
+
+
+for num_rows in range(1, 2 * rows + 2):
+    c = np.full((num_rows, 2 * width), 7, np.float32)
+    add_product(np.ones((num_rows, 128), np.float32), np.ones((2, 2 * width), np.float32), c)
+    assert (c == 9).all(), (num_rows, c[:, 0])
+"""
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="names of x86-64 processors")
+@pytest.mark.parametrize("processor", [None, "x86-64-v3", "x86-64"])
+def test_no_row_is_dropped_where_it_is_known_that_something_is_added(processor):
+    """Compiled for a constant `add`, LLVM once took a row's address for an offset from null, and dropped its store."""
+    environment = {"NUMBA_CPU_NAME": processor, "NUMBA_CPU_FEATURES": ""} if processor else {}
+    command = [sys.executable, "-c", PROGRAM]
+    subprocess.run(command, check=True, cwd=Path(__file__).parents[2], env=os.environ | environment, timeout=200)

@@ -96,6 +96,14 @@ def test_micro_batches_train_and_resume_bit_for_bit(data, tmp_path):
     assert all(torch.equal(resumed.model[name], value) for name, value in whole.model.items())
 
 
+def test_batch_norm_over_other_numbers_of_images_is_not_the_same_run(data, tmp_path):
+    options = ("--train.micro_batch_size=4", "--train.epochs=2")
+    finish_all([run_of(tmp_path, data, "run", 2, *options, "--train.epochs=2")])
+    code, _, err = finish(run_of(tmp_path, data, "run", 1, *options))
+    assert code != 0
+    assert "was trained with batch norm over 8 images, which `train.micro_batch_size` and" in err
+
+
 @pytest.mark.parametrize(
     ("option", "message"),
     [

@@ -2,6 +2,9 @@
 
 import logging
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -173,3 +176,39 @@ def test_a_backend_is_checked_before_there_are_parameters():
     check_backend("fused", "larc", torch.device("cpu"))
     with pytest.raises(ValueError, match=r"^`optim\.backend` triton needs .* on cuda, got dense float32 on cpu"):
         check_backend("triton", "classic", torch.device("cpu"))
+
+
+@every_backend
+@pytest.mark.parametrize("form", ["classic", "non_classic", "larc"])
+def test_a_gradient_next_to_nothing_leaves_the_weights_finite(backend, form):
+    """Its norm is none in float32, and the ratio to it no number there."""
+    weight = torch.nn.Parameter(torch.ones(64, 64))
+    weight.grad = torch.zeros(64, 64)
+    weight.grad[0] = 1e-41
+    name = next(name for name, module in BACKENDS.items() if module is backend)
+    optimizer = LARS([weight], lr=4.8, weight_decay=0.0, form=form, backend=name)
+    optimizer.step()
+    assert torch.equal(weight, torch.ones(64, 64))
+
+
+FORK = """
+import os, torch
+from train.optim.lars import LARS
+torch.set_num_threads(3)
+weights = [torch.nn.Parameter(torch.ones(2**19)) for _ in range(3)]
+for weight in weights:
+    weight.grad = torch.ones_like(weight)
+optimizer = LARS(weights, lr=1.0, backend="fused")
+optimizer.step()
+child = os.fork()
+optimizer.step()
+if child == 0:
+    os._exit(0)
+assert os.waitpid(child, 0)[1] == 0
+"""
+
+
+def test_a_forked_process_goes_on():
+    """The threads of its parent are not there."""
+    command = [sys.executable, "-c", FORK]
+    subprocess.run(command, check=True, cwd=Path(__file__).parents[2], timeout=100)

@@ -9,12 +9,17 @@ import torch.distributed as dist
 
 from tests.distributed.ranks import run_ranks
 from train.cli import RunFailed
-from train.nonfinite import FINE, INFINITE, LOSS, MAX_SKIPPED_IN_A_ROW, NAN, NonFiniteGuard, _blame
+from train.nonfinite import FINE, GRADIENT, INFINITE, LOSS, MAX_SKIPPED_IN_A_ROW, NAN, NonFiniteGuard, _blame
 from train.runtime import Ranks
 
 ALONE = Ranks(rank=0, world_size=1, local_rank=0, local_world_size=1)
 CPU = torch.device("cpu")
 SOUND = [torch.ones(3, 2), torch.ones(3, 2)]
+
+
+def look(guard, z, loss, step, gradients=()):
+    guard.observe(z, loss)
+    guard.conclude(list(gradients), step)
 
 
 def projections(value):
@@ -33,14 +38,26 @@ def projections(value):
 )
 def test_the_first_such_step_stops_the_run(z, loss, found):
     guard = NonFiniteGuard("raise", ALONE, CPU)
-    guard.observe(SOUND, torch.tensor(1.0), 6)
+    look(guard, SOUND, torch.tensor(1.0), 6)
     guard.check()
     assert not guard.skip
-    guard.observe(z, torch.tensor(loss), 7)
+    look(guard, z, torch.tensor(loss), 7)
     assert guard.skip
-    guard.observe(SOUND, torch.tensor(1.0), 8)  # where nobody looked in between, as on a GPU
+    look(guard, SOUND, torch.tensor(1.0), 8)  # where nobody looked in between, as on a GPU
     assert guard.skip, "nothing may move after the first such step"
     with pytest.raises(RunFailed, match=f"^step 7 is not finite: {found}. The optimizer has not moved since; lower"):
+        guard.check()
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_gradient_that_is_not_finite_counts(value):
+    guard = NonFiniteGuard("raise", ALONE, CPU)
+    sound = [torch.full((3,), 1e30), torch.ones(2)]  # whose squares float32 could not hold
+    look(guard, SOUND, torch.tensor(1.0), 1, sound)
+    guard.check()
+    look(guard, SOUND, torch.tensor(1.0), 2, [*sound, torch.tensor([1.0, value])])
+    assert guard.skip
+    with pytest.raises(RunFailed, match=r"^step 2 is not finite: losses are finite, the gradient is not"):
         guard.check()
 
 
@@ -48,7 +65,7 @@ def test_skip_leaves_such_steps_out_and_says_so_once(caplog):
     guard = NonFiniteGuard("skip", ALONE, CPU)
     skipped = []
     for step, value in enumerate((1.0, math.nan, 1.0, math.inf, 1.0), start=1):
-        guard.observe(projections(value), torch.tensor(value), step)
+        look(guard, projections(value), torch.tensor(value), step)
         skipped.append(guard.skip.item())
     assert skipped == [False, True, False, True, False]
     with caplog.at_level(logging.WARNING):
@@ -60,11 +77,11 @@ def test_skip_leaves_such_steps_out_and_says_so_once(caplog):
 def test_a_run_that_only_skips_is_stopped():
     guard = NonFiniteGuard("skip", ALONE, CPU)
     for step in range(1, MAX_SKIPPED_IN_A_ROW):
-        guard.observe(projections(math.nan), torch.tensor(math.nan), step)
+        look(guard, projections(math.nan), torch.tensor(math.nan), step)
     guard.check()
-    guard.observe(SOUND, torch.tensor(1.0), 100)
+    look(guard, SOUND, torch.tensor(1.0), 100)
     for step in range(101, 101 + MAX_SKIPPED_IN_A_ROW):
-        guard.observe(projections(math.nan), torch.tensor(math.nan), step)
+        look(guard, projections(math.nan), torch.tensor(math.nan), step)
     with pytest.raises(RunFailed, match="the last 100 steps were not finite and left out; the first was step 1: "):
         guard.check()
 
@@ -77,9 +94,9 @@ def test_all_ranks_name_the_one_to_blame():
 def check_three_ranks(rank):
     """Rank 1's NaN makes everyone's loss NaN, and is the only one to blame."""
     guard = NonFiniteGuard("raise", Ranks(rank=rank, world_size=3, local_rank=rank, local_world_size=3), CPU)
-    guard.observe(SOUND, torch.tensor(1.0), 1)
+    look(guard, SOUND, torch.tensor(1.0), 1)
     guard.check()
-    guard.observe(projections(math.nan) if rank == 1 else SOUND, torch.tensor(math.nan), 2)
+    look(guard, projections(math.nan) if rank == 1 else SOUND, torch.tensor(math.nan), 2)
     assert guard.skip
     with pytest.raises(RunFailed, match=r"^step 2 is not finite: rank 1 had NaN in the projections\. The"):
         guard.check()
@@ -95,6 +112,7 @@ def check_three_ranks(rank):
             "ranks 1, 2 had NaN in the projections; rank 3 had an infinity in the projections",
         ),
         ([LOSS], "rank 0 had finite projections and a loss that is not"),
+        ([FINE, GRADIENT, FINE], "losses are finite, the gradient is not"),
     ],
 )
 def test_the_words_for_it(found, text):
@@ -110,5 +128,5 @@ def test_a_gpu_is_not_waited_for():
     z = [value.to(device) for value in projections(math.nan)]
     loss = torch.tensor(1.0, device=device)
     with no_waiting():
-        guard.observe(z, loss, 1)
+        look(guard, z, loss, 1, z)
     assert guard.skip

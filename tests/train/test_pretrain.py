@@ -62,6 +62,10 @@ def test_plain_python_trains_and_leaves_a_run_directory(data, tmp_path):
     assert [line["step"] for line in read_metrics(run_dir)] == list(range(1, 3 * STEPS_PER_EPOCH + 1))
     assert {"config.yaml", "metrics.jsonl", "train.log", "checkpoints"} <= {p.name for p in run_dir.iterdir()}
     assert list(run_dir.glob("events.*"))
+    log = (run_dir / "train.log").read_text()
+    assert "simclr on 1 ranks of 16 images in 1 micro-batches; fp32; ZeRO 0; loss nt_xent, all_gather" in log
+    assert "LARS: backend fused" in log
+    assert "NT-Xent backend: fused" in log
     config = yaml.safe_load((run_dir / "config.yaml").read_text())
     assert config["model"]["encoder"] == {
         "depth": 10,
@@ -256,6 +260,24 @@ def test_a_run_directory_belongs_to_one_configuration(data, tmp_path):
         f"choose another `name`, or remove {run_dir} to start over"
     ]
     assert {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()} == before
+
+
+def test_a_run_of_a_version_without_an_option_goes_on(data, tmp_path):
+    """Its default is what that version did."""
+    assert_done(start(pretrain(tmp_path, data, "--train.epochs=2")))
+    path = tmp_path / "run" / "config.yaml"
+    config = yaml.safe_load(path.read_text())
+    del config["optim"]["form"], config["model"]["encoder"]["selective_kernel"]
+    path.write_text(yaml.safe_dump(config))
+    assert_done(start(pretrain(tmp_path, data, "--train.epochs=2")))
+    code, _, err = finish(start(pretrain(tmp_path, data, "--train.epochs=2", "--optim.form=larc")))
+    assert code == 2
+    assert "`optim.form` is classic in" in err
+    config["model"]["of_a_later_version"] = 1
+    path.write_text(yaml.safe_dump(config))
+    code, _, err = finish(start(pretrain(tmp_path, data, "--train.epochs=2")))
+    assert code == 2
+    assert "was written by another version of Twinview" in err
 
 
 def test_a_damaged_checkpoint_is_refused_by_name(data, tmp_path):

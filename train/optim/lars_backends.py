@@ -76,7 +76,9 @@ def check_backend(name: BackendName, form: Form, device: torch.device) -> None:
     Raises:
         ValueError: what it needs, and what to do.
     """
-    _choose(name, frozenset([Kind(device.type, torch.float32, True, form)]))
+    kinds = frozenset([Kind(device.type, torch.float32, True, form)])
+    if name not in ("auto", "reference") and (reason := _unmet(name, kinds)):
+        raise ValueError(f"`optim.backend` {name} {reason}")
 
 
 def choose_backend(name: BackendName, stretches: Stretches) -> Backend:

@@ -6,6 +6,7 @@ stretches are taken first, so that the threads end together.
 
 from __future__ import annotations
 
+import os
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from itertools import pairwise
@@ -61,7 +62,7 @@ def _run(job: int, stretches: Stretches, norms: NDArray[np.float64]) -> None:
         for turn in turns:
             run(job, rows[turn], options, ordered[turn])
 
-    others = [_pool(num_threads - 1).submit(work) for _ in range(num_threads - 1)]
+    others = [_pool(num_threads - 1, os.getpid()).submit(work) for _ in range(num_threads - 1)]
     work()
     for other in others:
         other.result()
@@ -89,5 +90,5 @@ def _rows(stretches: Stretches) -> tuple[NDArray[np.void], NDArray[np.void]]:
 
 
 @cache
-def _pool(num_threads: int) -> ThreadPoolExecutor:
+def _pool(num_threads: int, _process: int) -> ThreadPoolExecutor:  # a fork has none of its parent's threads
     return ThreadPoolExecutor(num_threads, thread_name_prefix="lars")

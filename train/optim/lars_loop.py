@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from train.optim.lars_reference import EPS
+from train.optim.lars_reference import EPS, LARGEST
 from train.optim.stretches import Options, Stretches, norm_dtype
 
 
@@ -61,7 +61,9 @@ def _next(p: Tensor, g: Tensor, v: Tensor, norms: Tensor, options: Options) -> t
         if options.form == "larc":
             measured = measured + options.weight_decay * param_norm + EPS
             decay = torch.where(known, decay, 0.0)
-        trust = torch.where(known, options.trust_coefficient * param_norm / measured, 1.0)
+        ratio = options.trust_coefficient * param_norm / measured
+        # Beyond float32 is the norm of a gradient next to nothing, which in float32 would be 0.
+        trust = torch.where(known & (options.lr * ratio <= LARGEST), ratio, 1.0)
     scale = rate = torch.ones_like(trust)
     if options.form == "classic":
         scale = options.lr * trust

@@ -18,7 +18,7 @@ from numba import carray, njit, types
 from numba.extending import intrinsic
 
 from native.compiled import source_hash
-from train.optim.lars_reference import EPS
+from train.optim.lars_reference import EPS, LARGEST
 
 STEP, NORMS, UPDATE = range(3)
 """A whole step; only the sums of squares; only what follows from them."""
@@ -132,6 +132,8 @@ def _update(p, g, v, options, param_norm, measured):
                 decay = 0.0
         if known:
             trust = options.trust_coefficient * param_norm / measured
+            if options.lr * trust > LARGEST:  # the norm of a gradient next to nothing, 0 in float32
+                trust = 1.0
     if options.form == CLASSIC:
         scale, rate = options.lr * trust, 1.0
     elif options.form == NON_CLASSIC:

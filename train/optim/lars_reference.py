@@ -28,6 +28,7 @@ from torch import Tensor
 from train.optim.stretches import Form
 
 EPS = 1e-8
+LARGEST = 3e38  # of a rate that float32 can hold
 """ε of `larc`, as lightly, solo-learn and apex have it."""
 
 

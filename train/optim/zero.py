@@ -32,6 +32,7 @@ TABLES = (
     "partition_size",
     "single_partition_of_fp32_groups",
     "real_dp_process_group",
+    "averaged_gradients",
 )
 
 
@@ -103,6 +104,12 @@ def partition_lars(optimizer: LARS, groups: list[FlatGroup]) -> None:
                 pieces[group.partition].append(Piece(name, num_tensors, first - group.begin, end - first))
             num_tensors += 1
     optimizer.partition(pieces, num_tensors, groups[0].process_group)
+
+
+def partition_gradients(zero_optimizer: Any) -> list[Tensor]:
+    """The reduced gradients that this rank's next step takes, after the last backward before it."""
+    groups = [grads for grads in zero_optimizer.averaged_gradients.values() if grads is not None]
+    return [grad for grads in groups for grad in ([grads] if isinstance(grads, Tensor) else grads)]
 
 
 def gather_state(optimizer: Optimizer, groups: list[FlatGroup]) -> dict[str, dict[str, Tensor]]:
