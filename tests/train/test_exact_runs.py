@@ -12,9 +12,11 @@ from train.metrics import read_metrics
 
 pytestmark = pytest.mark.distributed
 
-NUM_IMAGES = 80
-STEPS = 20  # 4 epochs of 5 batches of 16
-OPTIONS = ("--train.epochs=4", "--optim.base_lr=0.02")  # gentle: rounding grows with every large step
+NUM_IMAGES = 320
+STEPS = 20  # 4 epochs of 5 batches of 64
+# Rounding grows with every step: so small a network, at the published rate of 0.3, turns 1e-6 into 1e-2 within twenty.
+OPTIONS = ("--train.epochs=4", "--data.global_batch_size=64", "--model.encoder.width=0.5", "--optim.base_lr=0.03")
+SAME = 1e-4  # of a loss of 5
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +57,8 @@ def forget_after(step, run_dir):
 def runs_dir(data, tmp_path_factory):
     """The same run in one process, on 2 and on 4 ranks; with its state shared out; with projections in a ring."""
     runs_dir = tmp_path_factory.mktemp("runs")
-    finish_all([run_of(runs_dir, data, "one", 1), run_of(runs_dir, data, "two", 2, "--train.zero_stage=1")])
+    wrong = run_of(runs_dir, data, "wrong", 1, "--optim.trust_coefficient=0.002")
+    finish_all([run_of(runs_dir, data, "one", 1), run_of(runs_dir, data, "two", 2, "--train.zero_stage=1"), wrong])
     saving = ("--train.checkpoint_every=7", "--train.keep_checkpoints=9")
     finish_all([run_of(runs_dir, data, "four", 4, "--train.zero_stage=2", *saving)])
     finish_all([run_of(runs_dir, data, "four_zero0", 4, "--model.exchange=ring")])
@@ -65,12 +68,26 @@ def runs_dir(data, tmp_path_factory):
 @pytest.mark.parametrize("name", ["two", "four", "four_zero0"])
 def test_ranks_stages_and_exchange_change_the_curve_by_rounding_alone(runs_dir, name):
     assert len(losses(runs_dir, name)) == STEPS
-    assert losses(runs_dir, name) == pytest.approx(losses(runs_dir, "one"), abs=1e-4)
+    assert losses(runs_dir, name) == pytest.approx(losses(runs_dir, "one"), abs=SAME)
     one, other = (load_checkpoint(latest_checkpoint(runs_dir / name)) for name in ("one", name))
-    torch.testing.assert_close(other.model, one.model, rtol=1e-3, atol=1e-4)
-    assert other.optimizer.keys() == one.optimizer.keys()
-    for parameter, slots in one.optimizer.items():
-        torch.testing.assert_close(other.optimizer[parameter], slots, rtol=1e-2, atol=1e-5)
+    assert relative_distance(other.model, one.model) < 1e-3
+    assert relative_distance(momentum(other), momentum(one)) < 1e-2
+
+
+def momentum(checkpoint):
+    return {name: slots["momentum"] for name, slots in checkpoint.optimizer.items()}
+
+
+def relative_distance(ours, theirs):
+    """‖ours − theirs‖ / ‖theirs‖ of all tensors together."""
+    assert ours.keys() == theirs.keys()
+    flat, expected = (torch.cat([tensors[name].double().flatten() for name in theirs]) for tensors in (ours, theirs))
+    return ((flat - expected).norm() / expected.norm()).item()
+
+
+def test_a_wrong_trust_ratio_would_show(runs_dir):
+    pairs = zip(losses(runs_dir, "wrong"), losses(runs_dir, "one"), strict=True)
+    assert max(abs(wrong - one) for wrong, one in pairs) > 10 * SAME
 
 
 def test_a_run_goes_on_at_another_stage_and_number_of_ranks(runs_dir, data):
@@ -79,12 +96,12 @@ def test_a_run_goes_on_at_another_stage_and_number_of_ranks(runs_dir, data):
     forget_after(14, runs_dir / "four")
     options = ("--train.zero_stage=0", "--train.checkpoint_every=7", "--train.keep_checkpoints=9")
     finish_all([run_of(runs_dir, data, "four", 2, *options)])
-    assert losses(runs_dir, "four") == pytest.approx(whole, abs=1e-4)
+    assert losses(runs_dir, "four") == pytest.approx(whole, abs=SAME)
 
 
 def test_micro_batches_train_and_resume_bit_for_bit(data, tmp_path):
     """Their curve is their own, for batch norm; but an interrupted run is the run that was not."""
-    options = ("--train.micro_batch_size=4", "--train.checkpoint_every=3", "--train.keep_checkpoints=100")
+    options = ("--train.micro_batch_size=16", "--train.checkpoint_every=3", "--train.keep_checkpoints=100")
     finish_all([run_of(tmp_path, data, "run", 2, *options)])
     whole = load_checkpoint(latest_checkpoint(tmp_path / "run"))
     curve = losses(tmp_path, "run")
@@ -97,11 +114,11 @@ def test_micro_batches_train_and_resume_bit_for_bit(data, tmp_path):
 
 
 def test_batch_norm_over_other_numbers_of_images_is_not_the_same_run(data, tmp_path):
-    options = ("--train.micro_batch_size=4", "--train.epochs=2")
-    finish_all([run_of(tmp_path, data, "run", 2, *options, "--train.epochs=2")])
+    options = ("--train.micro_batch_size=16", "--train.epochs=2")
+    finish_all([run_of(tmp_path, data, "run", 2, *options)])
     code, _, err = finish(run_of(tmp_path, data, "run", 1, *options))
     assert code != 0
-    assert "was trained with batch norm over 8 images, which `train.micro_batch_size` and" in err
+    assert "was trained with batch norm over 32 images, which `train.micro_batch_size` and" in err
 
 
 @pytest.mark.parametrize(
@@ -109,7 +126,7 @@ def test_batch_norm_over_other_numbers_of_images_is_not_the_same_run(data, tmp_p
     [
         (
             "--train.micro_batch_size=5",
-            "`train.micro_batch_size` must divide a rank's share of the batch, 8 images, got 5",
+            "`train.micro_batch_size` must divide a rank's share of the batch, 32 images, got 5; use 4 or 8",
         ),
         ("--model.norm_group_size=3", "`model.norm_group_size` must divide the world size 2, got 3; use 2"),
     ],
