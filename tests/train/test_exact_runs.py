@@ -53,20 +53,21 @@ def forget_after(step, run_dir):
     assert load_checkpoint(latest_checkpoint(run_dir)).position["step"] == step
 
 
-@pytest.fixture(scope="module")
-def runs_dir(data, tmp_path_factory):
+def test_ranks_stages_and_exchange_change_the_curve_by_rounding_alone(data, tmp_path):
     """The same run in one process, on 2 and on 4 ranks; with its state shared out; with projections in a ring."""
-    runs_dir = tmp_path_factory.mktemp("runs")
+    runs_dir = tmp_path
     wrong = run_of(runs_dir, data, "wrong", 1, "--optim.trust_coefficient=0.002")
     finish_all([run_of(runs_dir, data, "one", 1), run_of(runs_dir, data, "two", 2, "--train.zero_stage=1"), wrong])
     saving = ("--train.checkpoint_every=7", "--train.keep_checkpoints=9")
     finish_all([run_of(runs_dir, data, "four", 4, "--train.zero_stage=2", *saving)])
     finish_all([run_of(runs_dir, data, "four_zero0", 4, "--model.exchange=ring")])
-    return runs_dir
+    for name in ("two", "four", "four_zero0"):
+        check_the_run_is_the_same(runs_dir, name)
+    check_a_wrong_trust_ratio_would_show(runs_dir)
+    check_a_run_goes_on_at_another_stage_and_number_of_ranks(runs_dir, data)
 
 
-@pytest.mark.parametrize("name", ["two", "four", "four_zero0"])
-def test_ranks_stages_and_exchange_change_the_curve_by_rounding_alone(runs_dir, name):
+def check_the_run_is_the_same(runs_dir, name):
     assert len(losses(runs_dir, name)) == STEPS
     assert losses(runs_dir, name) == pytest.approx(losses(runs_dir, "one"), abs=SAME)
     one, other = (load_checkpoint(latest_checkpoint(runs_dir / name)) for name in ("one", name))
@@ -85,12 +86,12 @@ def relative_distance(ours, theirs):
     return ((flat - expected).norm() / expected.norm()).item()
 
 
-def test_a_wrong_trust_ratio_would_show(runs_dir):
+def check_a_wrong_trust_ratio_would_show(runs_dir):
     pairs = zip(losses(runs_dir, "wrong"), losses(runs_dir, "one"), strict=True)
     assert max(abs(wrong - one) for wrong, one in pairs) > 10 * SAME
 
 
-def test_a_run_goes_on_at_another_stage_and_number_of_ranks(runs_dir, data):
+def check_a_run_goes_on_at_another_stage_and_number_of_ranks(runs_dir, data):
     """From the middle of an epoch of four ranks under ZeRO 2 to two ranks that keep all of the state each."""
     whole = losses(runs_dir, "four")
     forget_after(14, runs_dir / "four")
