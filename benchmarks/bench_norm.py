@@ -59,7 +59,7 @@ ON_GPU = {"torch": Floor(speed=0.5, goal=0.8)}  # from what the kernels read and
 TWO_RANKS = {
     "norm_r50_stage1": {"reduced": Floor(speed=2.7, goal=6.0), "gathered": Floor(speed=3.4, goal=7.0)},
     "norm_r50_stage1_bf16": {"reduced": Floor(speed=5.0, goal=9.0), "gathered": Floor(speed=5.0, goal=9.0)},
-    "norm_r50_stage4": {"reduced": Floor(speed=1.2, goal=2.5), "gathered": Floor(speed=1.7, goal=3.0)},
+    "norm_r50_stage4": {"reduced": Floor(speed=1.0, goal=2.5), "gathered": Floor(speed=1.2, goal=3.0)},
 }
 
 
