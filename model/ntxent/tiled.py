@@ -15,10 +15,7 @@ import math
 import torch
 from torch import Tensor
 
-from model.similarity import in_buffer, similarity, tile_buffer, tiles
-
-CPU_TILE = 512  # a 1 MiB tile stays in the L2 cache; 256 and 1024 were 0–10 % slower (EPYC, one thread, 2026)
-GPU_TILE = 2048  # a guess, to be measured: fewer, larger launches
+from model.similarity import default_tile_size, in_buffer, similarity, tile_buffer, tiles
 
 
 def scan(rows: Tensor, columns: Tensor, first: int | None, tile_size: int | None = None) -> tuple[Tensor, Tensor]:
@@ -31,7 +28,7 @@ def scan(rows: Tensor, columns: Tensor, first: int | None, tile_size: int | None
             positive are no negatives.
         tile_size: side of a tile.
     """
-    size = tile_size or _tile_size(rows)
+    size = tile_size or default_tile_size(rows)
     lse = rows.new_full((len(rows),), -math.inf)
     hardest = rows.new_full((len(rows),), -math.inf)
     buffer = tile_buffer(rows, size)
@@ -64,7 +61,7 @@ def gradient(
         first: as `scan`'s.
         tile_size: side of a tile.
     """
-    size = tile_size or _tile_size(rows)
+    size = tile_size or default_tile_size(rows)
     grad = torch.zeros_like(rows)
     buffer, second_buffer = tile_buffer(rows, size), tile_buffer(rows, size)
     for tile in tiles(len(rows), len(columns), first, size):
@@ -77,7 +74,3 @@ def gradient(
         if tile.mirror is not None:
             grad[tile.mirror].addmm_(weights.T, rows[tile.rows])
     return grad
-
-
-def _tile_size(rows: Tensor) -> int:
-    return CPU_TILE if rows.device.type == "cpu" else GPU_TILE
