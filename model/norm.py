@@ -21,8 +21,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from model import collectives
-from model.norm_functions import batch_norm_over_ranks
+from model import collectives, norm_functions, norm_ops
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -33,8 +32,7 @@ class GlobalBatchNorm(_BatchNorm):
     In training all ranks of `group` must call forward, and backward, together and in one order. They may hold
     different numbers of rows; none at all is borne too, so long as the group holds two values of a channel. The
     running variance is the unbiased one of the group's batch, as torch's. `momentum=None`, torch's cumulative
-    average, makes the host wait for a GPU, as in torch. Under `torch.compile` a layer that communicates is a
-    graph break.
+    average, makes the host wait for a GPU, as in torch (and breaks the graph under `torch.compile`).
 
     Args:
         num_features: C.
@@ -90,11 +88,7 @@ class GlobalBatchNorm(_BatchNorm):
             output: Tensor = super().forward(input)
         else:
             self._check_input_dim(input)
-            over_ranks = self._over_ranks
-            if torch.compiler.is_compiling():
-                # Collectives stay out of compiled graphs. As a decorator it would import the compiler at every start.
-                over_ranks = torch.compiler.disable(over_ranks)  # type: ignore[no-untyped-call]
-            output = over_ranks(input)
+            output = self._over_ranks(input)
         return output
 
     def _check_input_dim(self, input: Tensor) -> None:
@@ -111,7 +105,8 @@ class GlobalBatchNorm(_BatchNorm):
         if self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
             weight_of_batch = 1 / self.num_batches_tracked.item() if self.momentum is None else self.momentum
-        return batch_norm_over_ranks(
+        way = norm_ops if torch.compiler.is_compiling() else norm_functions
+        output: Tensor = way.batch_norm_over_ranks(
             input,
             self.weight,
             self.bias,
@@ -121,6 +116,7 @@ class GlobalBatchNorm(_BatchNorm):
             eps=self.eps,
             group=self.group,
         )
+        return output
 
 
 class GlobalBatchNorm1d(GlobalBatchNorm):

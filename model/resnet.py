@@ -24,7 +24,7 @@ The CIFAR stem stays what it is, as in google's. Unlike elsewhere, pooling pads 
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +32,7 @@ from torch import Tensor, nn
 
 from model.norm import GlobalBatchNorm2d
 
+Stem = Literal["imagenet", "cifar", "cifar_padded", "cifar_linear"]
 STEM_WIDTH = 64
 NUM_BLOCKS = {
     10: (1, 1, 1, 1),
@@ -54,17 +55,17 @@ class EncoderConfig:
     """Number of layers; 10, 18 and 34 have basic blocks, the others bottlenecks."""
     width: float = 1.0
     """Multiplier of every layer's channels, the stem's 64 included (0.25: 16 channels)."""
-    stem: Literal["imagenet", "cifar"] = "imagenet"
-    """imagenet: 7×7 of stride 2, then a max-pool; cifar (for 32² images): 3×3 of stride 1, no max-pool."""
-
+    stem: Stem = "imagenet"
+    """imagenet: 7×7 of stride 2, then a max-pool; cifar (for 32² images): 3×3 of stride 1, no max-pool. For imported
+    encoders: `cifar_padded`, padded by 2, as solo-learn's; `cifar_linear`, without a ReLU, as lightly's benchmark's."""
     selective_kernel: bool = False
     """SimCLR v2's larger networks (SK-ResNet on ResNet-D); depths 50, 101 and 152 only."""
 
     def __post_init__(self) -> None:
         if self.depth not in NUM_BLOCKS:
             raise ValueError(f"`model.encoder.depth` must be one of {tuple(NUM_BLOCKS)}, got {self.depth}")
-        if self.stem not in ("imagenet", "cifar"):
-            raise ValueError(f"`model.encoder.stem` must be 'imagenet' or 'cifar', got {self.stem!r}")
+        if self.stem not in get_args(Stem):
+            raise ValueError(f"`model.encoder.stem` must be one of {', '.join(get_args(Stem))}, got {self.stem!r}")
         channels = STEM_WIDTH * self.width
         if not (math.isfinite(channels) and channels >= 1 and channels == int(channels)):
             raise ValueError(
@@ -93,6 +94,7 @@ class ResNet(nn.Module):
         self.conv1 = _stem(config, width)
         self.bn1 = GlobalBatchNorm2d(width)
         is_imagenet = config.stem == "imagenet"
+        self.has_stem_relu = config.stem != "cifar_linear"
         self.maxpool = nn.MaxPool2d(kernel_size=3, stride=2, padding=1) if is_imagenet else nn.Identity()
         depths = NUM_BLOCKS[config.depth]
         self.layer1 = _stage(block, width, width, depths[0], stride=1)
@@ -103,7 +105,8 @@ class ResNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """The representation h [N, feature_dim]: the last stage averaged over its positions."""
-        x = self.maxpool(F.relu(self.bn1(self.conv1(x)), inplace=True))
+        x = self.bn1(self.conv1(x))
+        x = self.maxpool(F.relu(x, inplace=True) if self.has_stem_relu else x)
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
         return F.adaptive_avg_pool2d(x, 1).flatten(1)
 
@@ -245,16 +248,19 @@ def initialise_convolution(weight: Tensor) -> None:
     nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std)
 
 
-def _convolution(in_channels: int, channels: int, *, kernel_size: int, stride: int = 1) -> nn.Conv2d:
-    convolution = nn.Conv2d(in_channels, channels, kernel_size, stride, padding=kernel_size // 2, bias=False)
+def _convolution(
+    in_channels: int, channels: int, *, kernel_size: int, stride: int = 1, padding: int | None = None
+) -> nn.Conv2d:
+    padding = kernel_size // 2 if padding is None else padding
+    convolution = nn.Conv2d(in_channels, channels, kernel_size, stride, padding=padding, bias=False)
     initialise_convolution(convolution.weight)
     return convolution
 
 
 def _stem(config: EncoderConfig, width: int) -> nn.Module:
     """What makes `width` channels of an image; the batch norm after it is not part of it."""
-    if config.stem == "cifar":
-        return _convolution(3, width, kernel_size=3)
+    if config.stem != "imagenet":
+        return _convolution(3, width, kernel_size=3, padding=2 if config.stem == "cifar_padded" else 1)
     if not config.selective_kernel:
         return _convolution(3, width, kernel_size=7, stride=2)
     half = width // 2

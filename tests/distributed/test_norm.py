@@ -12,7 +12,7 @@ from torch import nn
 from torch.profiler import profile
 
 from benchmarks.peers.norm_forms import GatheredBatchNorm2d, ReducedBatchNorm2d
-from model import norm_functions
+from model import norm_cuda, norm_functions
 from model.norm import (
     GlobalBatchNorm,
     GlobalBatchNorm1d,
@@ -175,7 +175,7 @@ def check_too_few_values(rank):
 def check_the_way_on_cuda(rank):
     """What surrounds the CUDA kernels, around the definitions of these."""
     cuda_norm_kernels.register()
-    with patch.object(norm_functions, "_Anywhere", norm_functions._OnCuda):
+    with patch.object(norm_functions, "norm_anywhere", norm_cuda):
         check_two_dimensions(rank)
         check_other_dimensions(rank)
         check_layouts(rank)

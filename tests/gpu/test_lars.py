@@ -166,14 +166,6 @@ def test_it_neither_waits_for_the_device_nor_leaves_the_current_stream(triton_ba
     assert same(expected_one, late)
 
 
-def test_a_cuda_graph_that_records_a_step_is_refused(triton_backend):
-    whole = stretches((41,), options(), device="cuda")
-    with torch.cuda.graph(torch.cuda.CUDAGraph()):
-        whole.grads[0].add_(1.0)  # a graph of nothing would warn
-        with pytest.raises(RuntimeError, match="cannot be recorded"):
-            triton_backend.step(whole, None)
-
-
 def test_more_elements_than_32_bits_count(triton_backend):
     """All are alike, so that each must become what the last one does: p = v = 1 and g = 2, ratio η · ‖p‖ / ‖g‖."""
     num = 2**31 + 12345

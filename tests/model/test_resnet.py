@@ -243,7 +243,7 @@ def test_convolutions_start_as_keras_variance_scaling():
     ("options", "message"),
     [
         ({"depth": 20}, r"`model.encoder.depth` must be one of \(10, 18, 34, 50, 101, 152\), got 20"),
-        ({"stem": "mnist"}, "`model.encoder.stem` must be 'imagenet' or 'cifar', got 'mnist'"),
+        ({"stem": "mnist"}, "`model.encoder.stem` must be one of imagenet, .*, cifar_linear, got 'mnist'"),
         ({"width": 0.3}, "`model.encoder.width` must make 64 × width a whole number .* got 0.3; use a multiple"),
         ({"width": 0}, "`model.encoder.width` .* got 0"),
         ({"width": -1}, "`model.encoder.width` .* got -1"),

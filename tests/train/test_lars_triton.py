@@ -41,9 +41,9 @@ def _step(making, skip=None, steps=1):
     return _arrays(whole)
 
 
-def check(making, rounding=ROUNDING):
+def check(making, rounding=ROUNDING, step=_step):
     """Hold a step against the reference."""
-    for ours, exact in zip(interpreted(_step, making), expected(stretches(**making)), strict=True):
+    for ours, exact in zip(interpreted(step, making), expected(stretches(**making)), strict=True):
         for array, tensor in zip(ours, exact, strict=True):
             torch.testing.assert_close(torch.from_numpy(array), tensor, **rounding)
 
@@ -60,6 +60,25 @@ def test_every_form_on_every_size(each):
 def test_stretches_of_different_options_in_one_step():
     each = [o._replace(lr=0.1 * (i + 1), momentum=0.9 - 0.05 * i) for i, o in enumerate(EVERY_OPTION)]
     check({"sizes": [1271] * len(each), "options": each})
+
+
+def _step_by_rates_in_memory(making):
+    whole = stretches(**making)
+    each = {id(o): o._replace(lr=torch.tensor(o.lr)) for o in whole.options}
+    lars_triton.step(whole._replace(options=[each[id(o)] for o in whole.options]), None)
+    return _arrays(whole)
+
+
+def test_a_rate_that_lies_in_memory_is_read_there():
+    """As a CUDA graph needs it; each group's its own."""
+    each = [o._replace(lr=0.1 * (i + 1)) for i, o in enumerate(EVERY_OPTION)]
+    check({"sizes": [1271] * len(each), "options": each}, step=_step_by_rates_in_memory)
+
+
+@pytest.mark.parametrize("lr", [torch.ones(2), torch.ones(1, dtype=torch.float64)])
+def test_a_rate_in_memory_is_one_float32(lr):
+    with pytest.raises(ValueError, match=r"^`lr` must be a number or one float32 on cpu, got "):
+        lars_triton.step_launches(stretches((41,), options(lr=lr)), None)
 
 
 @pytest.mark.parametrize("offsets", [(1, 1, 1), (0, 3, 0), (2, 0, 1)])

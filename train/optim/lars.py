@@ -81,7 +81,8 @@ class LARS(Optimizer):
     Args:
         params: parameters, or groups that may carry `adapt` and, with values of their own, what is named below except
             `backend`.
-        lr: learning rate; a schedule sets `group["lr"]` before each step.
+        lr: learning rate; a schedule sets `group["lr"]` before each step. For steps that a CUDA graph replays, a
+            float32 scalar on the parameters' device (backends triton and reference; others read it on the host).
         momentum: in [0, 1).
         weight_decay: L2 penalty added to the gradient.
         trust_coefficient: η of the trust ratio.
@@ -98,7 +99,7 @@ class LARS(Optimizer):
         self,
         params: Iterable[Tensor] | Iterable[dict[str, Any]],
         *,
-        lr: float = 0.0,
+        lr: float | Tensor = 0.0,
         momentum: float = 0.9,
         weight_decay: float = 1e-6,
         trust_coefficient: float = 1e-3,
@@ -189,7 +190,7 @@ class LARS(Optimizer):
         whole = Stretches([], [], [], [], [], num_tensors=0)
         for group in self.param_groups:
             options = Options(
-                lr=float(group["lr"]),
+                lr=lr if isinstance(lr := group["lr"], Tensor) else float(lr),
                 momentum=group["momentum"],
                 weight_decay=group["weight_decay"],
                 trust_coefficient=group["trust_coefficient"],

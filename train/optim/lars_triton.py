@@ -5,6 +5,7 @@ updates the chunk in place. Nothing is compiled anew when a rate changes, and no
 
 The table is made anew for each step, since rates change in each and gradients may move: a row for each stretch and a
 number for each chunk. It is sent through pinned memory that torch's allocator lends, and keeps while a copy reads it.
+A CUDA graph records the addresses and options of its step; a rate that is a tensor is read anew in each replay.
 
 Legend: S stretches, C chunks.
 """
@@ -32,6 +33,9 @@ BLOCK = 2048  # elements at a time: 8 a thread
 NORMS = 512  # partial sums at a time
 OPTIONS = {"num_warps": 8, "enable_fp_fusion": True}
 TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+_recorded: list[Tensor] = []
+"""Pinned memory from which CUDA graphs copy their tables in every replay: kept for as long as the process lives."""
 
 Kind = tuple[torch.dtype, torch.dtype]
 """Of parameters and their momentum, and of gradients."""
@@ -112,7 +116,6 @@ def send_table(stretches: Stretches, *, whole: bool) -> Table:
 
     Raises:
         ValueError: a type that the kernels do not know.
-        RuntimeError: the stream is being recorded in a CUDA graph.
     """
     rows = _rows(stretches)
     num_chunks = -(-rows["numel"] // CHUNK)
@@ -151,9 +154,21 @@ def _rows(stretches: Stretches) -> NDArray[Any]:
     order = {key: i for i, key in enumerate(distinct)}
     place = [order[id(options)] for options in stretches.options]
     rows["form"] = np.array([FORMS.index(options.form) for options in distinct.values()])[place]
-    for name in ("adapt", "nesterov", "lr", "momentum", "weight_decay", "trust_coefficient"):
+    for name in ("adapt", "nesterov", "momentum", "weight_decay", "trust_coefficient"):
         rows[name] = np.array([getattr(options, name) for options in distinct.values()])[place]
+    rates = [options.lr for options in distinct.values()]
+    rows["lr"] = np.array([0.0 if isinstance(lr, Tensor) else lr for lr in rates])[place]
+    rows["lr_address"] = np.array([_address(lr, stretches) if isinstance(lr, Tensor) else 0 for lr in rates])[place]
     return rows
+
+
+def _address(lr: Tensor, stretches: Stretches) -> int:
+    device = stretches.params[0].device
+    if lr.numel() != 1 or lr.dtype != torch.float32 or lr.device != device:
+        raise ValueError(
+            f"`lr` must be a number or one float32 on {device}, got {lr.numel()} {lr.dtype} on {lr.device}"
+        )
+    return lr.data_ptr()
 
 
 def _check_types(kinds: list[Kind]) -> None:
@@ -168,11 +183,10 @@ def _check_types(kinds: list[Kind]) -> None:
 
 def _send(arrays: Sequence[NDArray[Any]], device: torch.device) -> list[Tensor]:
     """Copy arrays to the device in one piece; their bytes, each array's from a multiple of 16 on."""
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        # A replay would read the pinned memory again, which by then holds something else.
-        raise RuntimeError("LARS cannot be recorded in a CUDA graph, got a stream that is capturing; step outside it")
     begins = [0, *accumulate(-(-array.nbytes // 16) * 16 for array in arrays)]
     packed = torch.empty(begins[-1], dtype=torch.uint8, pin_memory=device.type == "cuda")
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        _recorded.append(packed)
     for array, begin in zip(arrays, begins[:-1], strict=True):
         packed.numpy()[begin : begin + array.nbytes] = array.reshape(-1).view(np.uint8)
     sent = packed.to(device, non_blocking=True)

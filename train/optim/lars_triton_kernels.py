@@ -20,6 +20,7 @@ ROW = np.dtype(
         ("grad", "i8"),
         ("buffer", "i8"),
         ("numel", "i8"),
+        ("lr_address", "i8"),  # of a float32 scalar that takes the place of `lr`; 0: there is none
         ("first_chunk", "i4"),  # of the stretch
         ("first_norm", "i4"),  # the rows of squared norms that belong to the stretch's tensor
         ("num_norms", "i4"),
@@ -46,6 +47,7 @@ _CLASSIC, _NON_CLASSIC, _LARC = (tl.constexpr(i) for i in range(3))
 _EPS = tl.constexpr(EPS)
 _ROW_BYTES = tl.constexpr(ROW.itemsize)
 _PARAM, _GRAD, _BUFFER, _NUMEL = map(_offset, ("param", "grad", "buffer", "numel"))
+_LR_ADDRESS = _offset("lr_address")
 _FIRST_CHUNK, _FIRST_NORM, _NUM_NORMS = map(_offset, ("first_chunk", "first_norm", "num_norms"))
 _FORM, _ADAPT, _NESTEROV = map(_offset, ("form", "adapt", "nesterov"))
 _LR, _MOMENTUM, _WEIGHT_DECAY = map(_offset, ("lr", "momentum", "weight_decay"))
@@ -242,7 +244,7 @@ def _factors(row, norms, BLOCK: tl.constexpr):
     """What makes one formula of all: x = scale · (g + decay · p), v ← m v + x, p ← p − rate · (v or m v + x)."""
     form = _field(row, _FORM, tl.int32)
     adapt = _field(row, _ADAPT, tl.int32) != 0
-    lr, decay = _field(row, _LR, tl.float32), _field(row, _WEIGHT_DECAY, tl.float32)
+    lr, decay = _rate(row), _field(row, _WEIGHT_DECAY, tl.float32)
     first = _field(row, _FIRST_NORM, tl.int32)
     # Without adaptation no norm is read.
     p_square, d_square = _sum(norms, first, first + tl.where(adapt, _field(row, _NUM_NORMS, tl.int32), 0), BLOCK)
@@ -259,6 +261,14 @@ def _factors(row, norms, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _rate(row):
+    """The learning rate now: what lies at its address, or the row's."""
+    address = _field(row, _LR_ADDRESS, tl.int64)
+    there = tl.load(address.to(tl.pointer_type(tl.float32)), mask=address != 0, other=0.0)
+    return tl.where(address != 0, there, _field(row, _LR, tl.float32))
+
+
+@triton.jit
 def _sum(norms, begin, end, BLOCK: tl.constexpr):
     """Both columns' sums over rows."""
     p_squares = tl.zeros([BLOCK], tl.float32)
@@ -272,18 +282,7 @@ def _sum(norms, begin, end, BLOCK: tl.constexpr):
 
 @triton.jit
 def _update(
-    param,
-    grad,
-    buffer,
-    start,
-    length,
-    scale,
-    decay,
-    rate,
-    momentum,
-    nesterov,
-    BLOCK: tl.constexpr,
-    WHOLE: tl.constexpr,
+    param, grad, buffer, start, length, scale, decay, rate, momentum, nesterov, BLOCK: tl.constexpr, WHOLE: tl.constexpr
 ):
     """One block, in place."""
     p = _read(param, start, length, None, BLOCK, WHOLE)

@@ -19,7 +19,8 @@ FORMS: tuple[Form, ...] = get_args(Form)
 class Options(NamedTuple):
     """Hyperparameters of a stretch."""
 
-    lr: float
+    lr: float | Tensor
+    """A tensor is a float32 scalar on the stretch's device, for steps that a CUDA graph replays."""
     momentum: float
     weight_decay: float
     trust_coefficient: float
