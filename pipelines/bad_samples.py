@@ -78,7 +78,7 @@ def bad_samples_of(beton: Beton, on_error: OnError, *, training: bool = True) ->
 
     def name_of(sample: int) -> str:
         files = file_names()
-        file = f" ({files[sample]})" if files else ""
+        file = f" ({repr(files[sample])[1:-1]})" if files else ""  # a name may hold anything, line ends too
         return f"sample {sample}{file} of {beton.path}"
 
     return BadSamples(

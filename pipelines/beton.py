@@ -7,6 +7,7 @@ size. What the tables cannot show (a flipped bit inside a JPEG) is for `tools.ve
 Shapes: n samples.
 """
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ from pipelines.beton_layout import (
     MODE_JPEG,
     MODE_RAW,
     metadata_dtype,
+    most_pixels,
 )
 
 __all__ = ["MODE_JPEG", "MODE_RAW", "Beton", "BetonError", "open_beton"]
@@ -58,11 +60,34 @@ class Beton:
     """int64 [n], or None where the file has no integer field."""
     data: NDArray[np.uint8]
     """uint8: the whole file, memory-mapped."""
+    stamp: tuple[int, int, int, int]
+    """Device and number of the file, its bytes, and when it was last written to, ns: as it was opened."""
 
     def encoded(self, i: int) -> NDArray[np.uint8]:
         """The stored bytes of sample `i`, as a view of the map: a JPEG file, or rows of RGB."""
         start = int(self.offsets[i])
         return self.data[start : start + int(self.sizes[i])]
+
+    def check_unchanged(self) -> None:
+        """Refuse a file that was written to or cut since it was opened: a look at its status, microseconds.
+
+        To touch a page of the map that the file no longer has kills the process (SIGBUS), hence loaders look before
+        each batch. A file that was removed, or that another took the place of by a rename, stays whole where it is
+        mapped.
+
+        Raises:
+            BetonError: it was.
+        """
+        try:
+            found = _stamp(self.path.stat())
+        except OSError:
+            return
+        if found[:2] == self.stamp[:2] and found != self.stamp:
+            how = f"it had {self.stamp[2]} bytes and has {found[2]}" if found[2] != self.stamp[2] else "in its place"
+            raise BetonError(
+                f"{self.path}: changed while it was being read ({how}); start again with a whole file, and put a new "
+                "one in the place of one in use by renaming it"
+            )
 
 
 def open_beton(path: str | Path) -> Beton:
@@ -78,24 +103,30 @@ def open_beton(path: str | Path) -> Beton:
     if not path.exists():
         raise BetonError(f"{path}: no such file; make one with `python -m tools.convert`")
     try:
-        return _read(path, _map(path))
+        return _read(path, *_map(path))
     except BetonError as error:
         raise BetonError(f"{path}: {error}; convert the images anew with `python -m tools.convert`") from None
 
 
-def _map(path: Path) -> NDArray[np.uint8]:
+def _map(path: Path) -> tuple[NDArray[np.uint8], tuple[int, int, int, int]]:
+    """The file's bytes and its stamp."""
     if not path.is_file():
         raise BetonError("expected a .beton file, found something that is no regular file")
-    num_bytes = path.stat().st_size
-    if num_bytes < HEADER_DTYPE.itemsize:
-        raise BetonError(f"expected a .beton file, found {num_bytes} bytes, too few for a header")
     try:
-        return np.memmap(path, dtype=np.uint8, mode="r")
+        with path.open("rb") as file:
+            status = os.fstat(file.fileno())
+            if status.st_size < HEADER_DTYPE.itemsize:
+                raise BetonError(f"expected a .beton file, found {status.st_size} bytes, too few for a header")
+            return np.memmap(file, dtype=np.uint8, mode="r", shape=(status.st_size,)), _stamp(status)
     except OSError as error:
         raise BetonError(f"cannot be read ({error.strerror or error})") from error
 
 
-def _read(path: Path, data: NDArray[np.uint8]) -> Beton:
+def _stamp(status: os.stat_result) -> tuple[int, int, int, int]:
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def _read(path: Path, data: NDArray[np.uint8], stamp: tuple[int, int, int, int]) -> Beton:
     header = _read_header(data)
     num_samples, table_start = header["num_samples"], header["alloc_table_ptr"]
 
@@ -124,6 +155,7 @@ def _read(path: Path, data: NDArray[np.uint8]) -> Beton:
         sizes=_column(sizes, np.int64),
         labels=None if labels is None else _column(labels, np.int64),
         data=data,
+        stamp=stamp,
     )
 
 
@@ -198,6 +230,10 @@ def _require_images(image: NDArray[np.void], sizes: NDArray[np.uint64]) -> None:
     _require_all(
         (pixels > 0) & (sizes > 0),
         lambda i: f"sample {i} is empty: {widths[i]}×{heights[i]} pixels in {sizes[i]} bytes",
+    )
+    _require_all(
+        (modes != MODE_JPEG) | (pixels <= most_pixels(np.minimum(sizes, np.uint64(1 << 32)))),
+        lambda i: f"sample {i} cannot be an image of {widths[i]}×{heights[i]} pixels in {sizes[i]} bytes",
     )
     _require_all(
         (modes != MODE_RAW) | (sizes == 3 * pixels),

@@ -18,6 +18,9 @@ MODE_JPEG = 0
 MODE_RAW = 1  # height × width × 3 bytes, RGB, row by row
 MAX_SIDE = 65535  # widths and heights are 16-bit
 
+PIXELS_PER_BYTE = 512  # of a JPEG, at most: a Huffman code has at least a bit for each block of 8 × 8
+BLANK_PIXELS = 2**26  # that any JPEG may have: an arithmetic coder needs next to nothing for a blank page
+
 MIN_PAGE_SIZE = 1 << 21  # FFCV's limits: a huge page below, a 32-bit number above
 MAX_PAGE_SIZE = 1 << 31
 DEFAULT_PAGE_SIZE = 1 << 23
@@ -53,6 +56,11 @@ FIELD_METADATA: dict[int, np.dtype[Any]] = {
 def metadata_dtype(type_ids: Sequence[int]) -> np.dtype[Any]:
     """The struct of one metadata row for fields of these types, with members named `f0`, `f1` and so on."""
     return np.dtype([("", FIELD_METADATA[type_id]) for type_id in type_ids], align=True)
+
+
+def most_pixels(num_bytes: Any) -> Any:
+    """The most pixels that a JPEG of so many bytes, a number or an array, is believed to have."""
+    return np.maximum(BLANK_PIXELS, num_bytes * PIXELS_PER_BYTE)
 
 
 def align_up(position: int, page_size: int) -> int:

@@ -69,6 +69,7 @@ class BatchMaker:
 
     def plan_batch(self, epoch: int, batch: int) -> Planned:
         """Begin to check the samples of a batch."""
+        self._beton.check_unchanged()
         samples = self._plan.samples(epoch, batch)
         return Planned(samples, self._check.start(samples))
 
@@ -76,10 +77,11 @@ class BatchMaker:
         """Put neighbours in the place of samples that cannot be decoded, and draw the parameters.
 
         Raises:
-            ValueError: such a sample stops the run.
+            ValueError: such a sample stops the run; or the file was changed since it was opened.
         """
         for check in planned.checks:
             check.result()
+        self._beton.check_unchanged()
         samples = planned.samples
         for position in self._check.bad(samples).tolist():
             samples[position] = self._sound_neighbour(int(samples[position]))

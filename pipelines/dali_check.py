@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipelines.beton import MODE_RAW, Beton
+from pipelines.beton_memory import check_images_fit
 from pipelines.decode.turbojpeg import PIXEL_FORMAT_GRAY
 from pipelines.pool import DecodePool, Worker
 
@@ -34,9 +35,13 @@ class JpegCheck:
     Args:
         beton: the file.
         num_threads: that check.
+
+    Raises:
+        ValueError: the largest images cannot be decoded in the free memory.
     """
 
     def __init__(self, beton: Beton, num_threads: int) -> None:
+        check_images_fit(beton, num_threads)
         self._beton = beton
         self._pool = DecodePool(num_threads, [1])
         self._sound: NDArray[np.bool_] = np.array(beton.modes == MODE_RAW)

@@ -9,6 +9,8 @@ Shapes: n samples, C classes.
 
 import hashlib
 import json
+import re
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -73,6 +75,8 @@ def load_manifest(beton_path: str | Path) -> Manifest | None:
     """
     path = manifest_path(beton_path)
     try:
+        if path.exists() and not path.is_file():  # a pipe would have no end
+            raise ManifestError(f"{path}: expected a file, found something else; delete it or convert the images anew")
         text = path.read_bytes()
     except FileNotFoundError:
         return None
@@ -103,24 +107,62 @@ def _parse(path: Path, text: bytes) -> Manifest:
 
     try:
         content: Any = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise refuse(f"expected JSON, found a torn or foreign file ({error})") from error
     if not isinstance(content, dict) or content.pop("format", None) != FORMAT:
         raise refuse(f"expected a manifest of format {FORMAT!r}, found another file")
     version = content.pop("format_version", None)
     if version != FORMAT_VERSION:
-        raise refuse(f"expected manifest version {FORMAT_VERSION}, found {version}")
+        raise refuse(f"expected manifest version {FORMAT_VERSION}, found {version!r}")
     expected, found = {field.name for field in fields(Manifest)}, set(content)
     if expected != found:
         raise refuse(f"expected the keys {sorted(expected)}, found {sorted(found)}")
-    try:
-        content["quarantined"] = [Quarantined(**entry) for entry in content["quarantined"]]
-        manifest = Manifest(**content)
-        lengths = {len(manifest.files), len(manifest.crc32), manifest.num_samples}
-        if manifest.classes is not None and manifest.class_counts is not None:
-            lengths.add(sum(manifest.class_counts))
-    except TypeError as error:
-        raise refuse(f"its values have wrong types ({error})") from error
+    if wrong := [key for key, is_sound in _SOUND.items() if not is_sound(content[key])]:
+        raise refuse(f"its values have wrong types ({', '.join(wrong)})")
+    content["quarantined"] = [Quarantined(**entry) for entry in content["quarantined"]]
+    manifest = Manifest(**content)
+    if any(_OUTSIDE.search(name) for name in (*manifest.files, *(entry.file for entry in manifest.quarantined))):
+        raise refuse("expected names inside the source folder, found others")
+    lengths = {len(manifest.files), len(manifest.crc32), manifest.num_samples}
+    if manifest.class_counts is not None:
+        lengths.add(sum(manifest.class_counts))
     if len(lengths) != 1:
         raise refuse(f"its counts disagree: {sorted(lengths)} samples")
+    if len(manifest.classes or []) != len(manifest.class_counts or []):
+        raise refuse("its classes and their counts disagree")
     return manifest
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 1 << 63
+
+
+def _list_of(is_sound: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, list) and all(map(is_sound, value))
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_entry(value: Any) -> bool:
+    return isinstance(value, dict) and set(value) == {"file", "reason"} and all(map(_is_text, value.values()))
+
+
+_OUTSIDE = re.compile(r"(?:^|/)\.{0,2}(?:/|$)|\0")
+"""A part of a path that is empty, `.` or `..`."""
+
+_SOUND: dict[str, Callable[[Any], bool]] = {
+    "sha256": lambda value: _is_text(value) and re.fullmatch("[0-9a-f]{64}", value) is not None,
+    "num_bytes": _is_count,
+    "num_samples": _is_count,
+    "classes": lambda value: value is None or _list_of(_is_text)(value),
+    "class_counts": lambda value: value is None or _list_of(_is_count)(value),
+    "options": lambda value: isinstance(value, dict) and all(type(item) in (str, int) for item in value.values()),
+    "num_converted": _is_count,
+    "quarantined": _list_of(_is_entry),
+    "tools": lambda value: isinstance(value, dict) and all(map(_is_text, value.values())),
+    "files": _list_of(_is_text),
+    "crc32": _list_of(lambda value: type(value) is int and 0 <= value < 1 << 32),
+}
+"""Whether the value of each key is of the type that `Manifest` declares."""

@@ -110,5 +110,5 @@ def beton_fingerprint(beton: Beton) -> str:
     for table in (beton.modes, beton.widths, beton.heights, beton.sizes, beton.labels):
         crc = zlib.crc32(b"" if table is None else np.ascontiguousarray(table).tobytes(), crc)
     for sample in np.linspace(0, beton.num_samples - 1, NUM_FINGERPRINTED).astype(np.int64).tolist():
-        crc = zlib.crc32(beton.encoded(sample).tobytes(), crc)
+        crc = zlib.crc32(beton.encoded(sample).data, crc)
     return f"{crc:08x}"

@@ -23,7 +23,8 @@ from torch import Tensor
 
 from pipelines.bad_samples import BadSamples
 from pipelines.beton import Beton
-from pipelines.buffers import HostBuffers
+from pipelines.beton_memory import check_images_fit
+from pipelines.buffers import HostBuffers, check_batches_fit
 from pipelines.decode.kernel import REFUSED, WRONG_SIZE, Coloring, Layout, Source, render_kernel, unpack_kernel
 from pipelines.decode.resample import FILTERS
 from pipelines.decode.turbojpeg import ANOTHER_SIZE, addresses, is_harmless
@@ -105,6 +106,7 @@ class Renderer:
         self.beton, self.recipe, self.target = beton, recipe, target
         self._seed, self._num_threads, self._scaled_decode = seed, num_threads, scaled_decode
         self._bad_samples, self._by_image = bad_samples, by_image
+        check_images_fit(beton, num_threads)
         self._table = recipe_table(recipe)
         self._sizes = np.array([view.size for view in recipe.views], np.int64)
         self._filters = np.array([FILTERS[view.interpolation] for view in recipe.views], np.int64)
@@ -127,12 +129,18 @@ class Renderer:
             samples: int64 [N], rows of the file; the batch's own from now on.
             out: the flat buffer; by default one that is free.
             tries: counts how many times the batch was begun.
+
+        Raises:
+            ValueError: the file was changed since it was opened.
         """
         self._check_open()
+        self.beton.check_unchanged()
         num = len(samples)
         if self.target == "images":
             lengths = 3 * self._num_pixels[samples]
             starts, total = np.cumsum(lengths) - lengths, int(lengths.sum())
+            if total > 2 * self.batch_bytes(num):  # than was reckoned with
+                check_batches_fit(self.recipe, num, 1, bytes_per_number=1, batch_bytes=total)
         else:
             starts, total = np.zeros(0, np.int64), int(self.block_sizes(num).sum())
         rendering = Rendering(
@@ -153,11 +161,14 @@ class Renderer:
         """The batch once it is made.
 
         Raises:
-            ValueError: a sample cannot be decoded; it is named.
+            ValueError: a sample cannot be decoded, and is named; or the file was changed since it was opened.
         """
         self._check_open()
-        for chunk in rendering.chunks:
-            chunk.result()
+        try:
+            for chunk in rendering.chunks:
+                chunk.result()
+        finally:  # else the blame would fall on a sample, or on nobody
+            self.beton.check_unchanged()
         if rendering.is_void:
             return self.wait(self.start(rendering.epoch, rendering.samples, tries=rendering.tries + 1))
         return rendering

@@ -26,6 +26,7 @@ from torch import Tensor
 from pipelines.bad_samples import BadSamples, OnError, bad_samples_of
 from pipelines.batch import Batch
 from pipelines.beton import MODE_RAW, Beton
+from pipelines.beton_memory import check_images_fit
 from pipelines.buffers import check_batches_fit, free_host_memory
 from pipelines.decode.turbojpeg import PIXEL_FORMAT_RGB, Decompressor
 from pipelines.draw import draw_views
@@ -91,8 +92,13 @@ class ResidentLoader:
         if self.device.type == "cpu":
             check_batches_fit(recipe, local_batch_size, 2, bytes_per_number=4)
         check_memory(beton, self.device)
+        check_images_fit(beton, num_threads)
         reader = _Reader(beton, self._bad_samples)
-        self._set: PackedImages | None = reader.pack(self.device, num_threads)
+        beton.check_unchanged()
+        try:
+            self._set: PackedImages | None = reader.pack(self.device, num_threads)
+        finally:  # else the blame would fall on a sample, or on nobody
+            beton.check_unchanged()
         self._stand_ins = reader.stand_ins
         labels = np.full(beton.num_samples, -1) if beton.labels is None else beton.labels
         self._labels = torch.from_numpy(labels.copy()).to(self.device)

@@ -10,7 +10,8 @@ import ctypes
 
 import numpy as np
 
-from pipelines.decode.turbojpeg import Decompressor, is_harmless, library
+from pipelines.beton_layout import most_pixels
+from pipelines.decode.turbojpeg import LIMIT_SCANS, TOO_MANY_SCANS, Decompressor, is_harmless, library
 from tools.image_decoding import ImageArray, UnusableImage
 
 RGB = 0  # TJPF_RGB
@@ -28,7 +29,8 @@ def decode_jpeg(source: bytes, denominator: int = 1) -> ImageArray | None:
         None if libjpeg-turbo does not read this kind (CMYK, 12 bits, lossless, odd chroma) or cannot at all.
 
     Raises:
-        UnusableImage: the file is damaged; libjpeg-turbo would go on with a part of its pixels.
+        UnusableImage: the file is damaged; libjpeg-turbo would go on with a part of its pixels. Or it claims more than
+            its bytes can hold.
     """
     turbojpeg = library()
     decompressor = Decompressor()
@@ -39,9 +41,11 @@ def decode_jpeg(source: bytes, denominator: int = 1) -> ImageArray | None:
     def undecodable(status: int) -> bool:
         if status == 0:
             return False
+        warning = decompressor.last_error()
+        if TOO_MANY_SCANS in warning:
+            raise UnusableImage(f"has {TOO_MANY_SCANS}")
         if turbojpeg.tjGetErrorCode(handle) != WARNING:
             return True
-        warning = decompressor.last_error()
         if is_harmless(warning, source):
             return False
         raise UnusableImage(f"is damaged: {warning}")
@@ -59,10 +63,12 @@ def decode_jpeg(source: bytes, denominator: int = 1) -> ImageArray | None:
             )
         ):
             return None
+        if width.value * height.value > most_pixels(len(source)):
+            raise UnusableImage(f"cannot be an image of {width.value}×{height.value} pixels in {len(source)} bytes")
         shape = (-(-height.value // denominator), -(-width.value // denominator), 3)
         pixels = np.empty(shape, np.uint8)
         out = ctypes.c_void_p(pixels.ctypes.data)
-        if undecodable(turbojpeg.tjDecompress2(handle, data, size, out, shape[1], 0, shape[0], RGB, 0)):
+        if undecodable(turbojpeg.tjDecompress2(handle, data, size, out, shape[1], 0, shape[0], RGB, LIMIT_SCANS)):
             return None
         return pixels
     finally:

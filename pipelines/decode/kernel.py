@@ -23,6 +23,7 @@ from pipelines.beton_layout import MODE_RAW
 from pipelines.decode.resample import pack, resized_crop, unpack
 from pipelines.decode.rows import keep_rows
 from pipelines.decode.turbojpeg import (
+    LIMIT_SCANS,
     NUM_CHANNELS,
     PIXEL_FORMAT_RGBX,
     call_decompress,
@@ -150,7 +151,8 @@ def decode(source, sample, reduction, top, bottom, turbojpeg, handles, scratch):
     pitch = width * NUM_CHANNELS
     pixels = flat.ctypes.data + first_row // reduction * pitch
     height = -(-num_rows // reduction)
-    if call_decompress(turbojpeg.decompress, handle, jpeg, size, pixels, width, pitch, height, PIXEL_FORMAT_RGBX, 0):
+    target = pixels, width, pitch, height, PIXEL_FORMAT_RGBX, LIMIT_SCANS
+    if call_decompress(turbojpeg.decompress, handle, jpeg, size, *target):
         return REFUSED, image
     return OK, image
 

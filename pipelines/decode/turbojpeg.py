@@ -22,6 +22,8 @@ from numba.extending import intrinsic
 from numpy.typing import NDArray
 
 PIXEL_FORMAT_RGB, PIXEL_FORMAT_RGBX, PIXEL_FORMAT_GRAY = 0, 2, 6  # TJPF_*
+LIMIT_SCANS = 32768  # TJFLAG_LIMITSCANS: at most 500 of a progressive JPEG, which may repeat them without end
+TOO_MANY_SCANS = "more than 500 scans"
 ANOTHER_SIZE = "its size is not the one in the file's table"
 _JUNK_AT_THE_END = "extraneous bytes before marker 0xd9"
 _RESTART_INTERVAL = b"\xff\xdd\x00\x04"  # begins the segment that announces restart markers
@@ -120,7 +122,7 @@ class Decompressor:
             return ANOTHER_SIZE
         target = ctypes.c_void_p(out.ctypes.data)
         size = -(-width // scale), 0, -(-height // scale)
-        if turbojpeg.tjDecompress2(handle, *source, target, *size, pixel_format, 0):
+        if turbojpeg.tjDecompress2(handle, *source, target, *size, pixel_format, LIMIT_SCANS):
             reason = self.last_error()
             return None if is_harmless(reason, jpeg) else reason
         return None

@@ -41,7 +41,8 @@ def test_a_sample_of_no_bytes_is_named(views, tmp_path):
     beton.path.write_bytes(data)
     with pytest.raises(ValueError, match=r"sample 2 \(class1/0002.png\) of .* cannot be decoded: .*Not a JPEG file"):
         views(open_beton(beton.path))
-    none = dataclasses.replace(beton, sizes=np.where(np.arange(4) == 2, 0, beton.sizes))  # as a table might say
+    sizes = np.where(np.arange(4) == 2, 0, beton.sizes)  # as a table might say
+    none = dataclasses.replace(open_beton(beton.path), sizes=sizes)
     with pytest.raises(ValueError, match=r"sample 2 .* cannot be decoded"):
         views(none)
 

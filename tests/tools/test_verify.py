@@ -117,7 +117,7 @@ def test_a_manifest_with_impossible_options_is_a_problem(mine):
     for options in (
         {},
         {"encode": "png", "max_side": 500, "quality": 90},
-        {"encode": "jpeg", "max_side": [], "quality": 1},
+        {"encode": "jpeg", "max_side": "many", "quality": 1},
     ):
         edit_manifest(path, options=options)
         (found,) = problems(path, mine / "source")
