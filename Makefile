@@ -3,11 +3,12 @@
 SHELL := /bin/bash
 BIN := .venv/bin
 JOBS ?= auto
+FUZZ_CASES ?= 200000
 test test-all bench: export OMP_NUM_THREADS ?= 1
 # Threads that wait for one another soon sleep, so that a busy machine does not stall them.
 export GOMP_SPINCOUNT ?= 1000
 
-.PHONY: setup setup-dev demo test test-all check bench format lock clean
+.PHONY: setup setup-dev demo test test-all reliability check bench format lock clean
 
 setup:
 	@tools/setup.sh user
@@ -23,6 +24,12 @@ test: setup-dev
 
 test-all: setup-dev  # with the widest sweeps
 	$(BIN)/python -m pytest -n $(JOBS) -m "not gpu"
+
+reliability: setup-dev  # the fault tests, slow ones included, and their table
+	@rm -f runs/reliability.jsonl && mkdir -p runs
+	TWINVIEW_RECORD=$(CURDIR)/runs/reliability.jsonl TWINVIEW_FUZZ_CASES=$(FUZZ_CASES) OMP_NUM_THREADS=1 \
+	    $(BIN)/python -m pytest -n 2 -m "not gpu" tests/reliability
+	$(BIN)/python -m tests.reliability.record runs/reliability.jsonl > docs/results/reliability.md
 
 check: setup-dev
 	$(BIN)/ruff check .

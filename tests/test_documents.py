@@ -1,4 +1,4 @@
-"""The documents against the code: paths, links, options, configurations, the module list, and the README's snippet."""
+"""The documents against the code: paths, links, options, configurations and the module list."""
 
 import importlib
 import io
@@ -9,11 +9,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-import torch
 
-from model.build import ModelConfig, build_method
-from model.resnet import EncoderConfig
-from train.checkpoint import Checkpoint, save_checkpoint
 from train.config import config_from_dict, parse_pretrain_config, resolved_dict
 from train.optim.lars import peak_lr
 
@@ -98,10 +94,10 @@ def test_every_command_has_the_options_that_it_is_given(document, monkeypatch):
 def test_every_option_and_field_in_a_sentence_exists(document):
     pretrain = options("train.pretrain")
     known = pretrain | options("train.evaluate", "knn") | options("tools.convert") | options("tools.verify")
-    known |= options("tools.preview")
+    known |= options("tools.preview") | options("tools.export") | options("tools.import_checkpoint")
     for span in re.findall(r"`([^`]+)`", prose(document)):
         assert set(re.findall(OPTION, span)) <= known | FOREIGN_OPTIONS, span
-        field = re.match(r"(?:data|augment|model|optim|schedule|train)(?:\.[a-z_]+)+(?=$|:)", span)
+        field = re.match(r"(?:data|augment|model|optim|schedule|train|online|log)(?:\.[a-z_]+)+(?=$|:)", span)
         if field and not (ROOT / field[0].replace(".", "/")).with_suffix(".py").exists():
             assert f"--{field[0]}" in pretrain, span
 
@@ -132,16 +128,3 @@ def test_every_decision_has_a_number_of_its_own_and_three_parts():
     for page in pages:
         assert re.findall(r"^## (.*)", page.read_text(), re.MULTILINE) == ["Context", "Decision", "Consequences"], page
         assert page.read_text().startswith(f"# {page.name[:4]}. ")
-
-
-def test_the_readmes_snippet_loads_the_encoder_into_torchvision(tmp_path, monkeypatch):
-    (snippet,) = fenced(ROOT / "README.md", "python")
-    (path,) = re.findall(r'load_file\("(.*?)"\)', snippet)
-    method = build_method(ModelConfig(encoder=EncoderConfig(depth=18)), seed=0).eval()
-    monkeypatch.chdir(tmp_path)
-    save_checkpoint(Path(path), Checkpoint(model=method.state_dict()))
-    names = {}
-    exec(snippet, names)
-    images = torch.rand(2, 3, 64, 64)
-    with torch.inference_mode():
-        torch.testing.assert_close(names["encoder"](images), method.encoder(images), rtol=0, atol=1e-6)

@@ -41,6 +41,7 @@ from tools.preview_sheet import Sheet, Shown, draw_sheet
 from tools.whole_file import whole_file
 from train.cli import parse, run
 from train.config import PretrainConfig
+from train.plain_yaml import load_plain_yaml
 
 PNG, HTML = ".png", ".html"
 
@@ -106,7 +107,7 @@ def read_sections(path: Path) -> dict[str, Any]:
         OSError: it cannot be read.
     """
     try:
-        found = yaml.safe_load(path.read_text())
+        found = load_plain_yaml(path.read_text())
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"`--config` must name a YAML file, got {path}") from error
     if not isinstance(found, dict):

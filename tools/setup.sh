@@ -12,7 +12,7 @@ case $kind in
 esac
 
 venv=.venv
-wanted=$(cat requirements.txt "$requirements" constraints.txt tools/setup.sh | sha256sum | cut -d' ' -f1)
+wanted=$(cat requirements*.txt constraints.txt tools/setup.sh | sha256sum | cut -d' ' -f1)
 done_file=$venv/.installed-$kind
 [ "$(cat "$done_file" 2>/dev/null)" = "$wanted" ] && exit 0
 
@@ -35,6 +35,10 @@ pkg-config --exists opencv4 2>/dev/null || packages+=(libopencv-dev)
 pkg-config --exists libturbojpeg 2>/dev/null || packages+=(libturbojpeg0-dev)
 "$python" -c 'import ensurepip, venv' 2>/dev/null || packages+=(python3-venv)
 "$python" -c 'import pathlib, sys, sysconfig; sys.exit(not pathlib.Path(sysconfig.get_path("include"), "Python.h").exists())' || packages+=(python3-dev)
+if [ $kind = dev ] && [ "$(id -u)" = 0 ]; then  # for tests that make hosts and disks of their own, as root alone may
+  command -v ip >/dev/null || packages+=(iproute2)
+  command -v mkfs.ext4 >/dev/null || packages+=(e2fsprogs)
+fi
 if [ ${#packages[@]} -gt 0 ]; then
   as_root=()
   [ "$(id -u)" = 0 ] || as_root=(sudo -n)

@@ -1,6 +1,8 @@
 """What every command-line entry point does around its work: one clear line for the user instead of a traceback.
 
-Exit codes: 0 done; 1 the run itself failed; 2 bad input, or an environment that cannot do what was asked; 130 Ctrl-C.
+Exit codes: 0 done; 1 the run itself failed; 2 bad input, or an environment that cannot do what was asked; 75 (the
+EX_TEMPFAIL of BSD's sysexits.h) stopped before its end through no fault of its own, and the same command goes on; 130
+Ctrl-C.
 """
 
 from __future__ import annotations
@@ -23,35 +25,70 @@ UNKNOWN_OPTION = (  # as argparse and jsonargparse put it
     r"Group '(.*)' does not accept option '(.*)'",
     r"Option '(.*)' is not accepted",
 )
+HEAD_START_S = 1.0  # for rank 0, before the launcher sees another rank end and ends it too
 PATIENCE_S = 10.0  # ranks of one machine start within a few seconds of one another
-EXIT_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 1, 2, 130
+EXIT_FAILED, EXIT_BAD_INPUT, EXIT_RESUMABLE, EXIT_INTERRUPTED = 1, 2, 75, 130
 
 
 class UnfitEnvironment(RuntimeError):
     """This machine cannot do what was asked: a device, a package or a permission is missing."""
 
 
-class RunFailed(RuntimeError):
-    """The run began and cannot go on, for a reason that one line can tell."""
+class RunStopped(RuntimeError):
+    """The run began and does not go on, for a reason that one line can tell.
+
+    Args:
+        message: the line.
+        alike: every rank raises the same words; rank 0 alone prints them.
+    """
+
+    def __init__(self, message: str, *, alike: bool = False) -> None:
+        super().__init__(message)
+        self.alike = alike
+
+
+class RunFailed(RunStopped):
+    """It would fail again."""
+
+
+class RunInterrupted(RunStopped):
+    """It was stopped from outside: the same command goes on from the last checkpoint.
+
+    Args:
+        message: the line.
+        alike: see `RunStopped`.
+        code: to exit with.
+    """
+
+    def __init__(self, message: str, *, alike: bool = False, code: int = EXIT_RESUMABLE) -> None:
+        super().__init__(message, alike=alike)
+        self.code = code
 
 
 def run(main: Callable[[], int | None]) -> NoReturn:
     """Call `main` and exit with its code, or with one line on stderr and the code of what went wrong.
 
-    `ValueError`, `OSError` and `UnfitEnvironment` are the user's to mend (code 2), `RunFailed` is the run's (code 1);
-    anything else is a bug and keeps its traceback. Set TWINVIEW_TRACEBACK=1 to see every traceback.
+    `ValueError`, `OSError` and `UnfitEnvironment` are the user's to mend (code 2), `RunFailed` is the run's (code 1),
+    `RunInterrupted` nobody's (code 75); anything else is a bug and keeps its traceback. Set TWINVIEW_TRACEBACK=1 to
+    see every traceback.
     """
     try:
         code = main() or 0
-    except (ValueError, OSError, UnfitEnvironment, RunFailed) as error:
+    except (ValueError, OSError, UnfitEnvironment, RunStopped) as error:
         if os.environ.get(TRACEBACK_VARIABLE):
             raise
         _complain(error)
-        code = EXIT_FAILED if isinstance(error, RunFailed) else EXIT_BAD_INPUT
+        code = _exit_code(error)
     except KeyboardInterrupt:
         code = EXIT_INTERRUPTED
     sys.stdout.flush()
     sys.exit(code)
+
+
+def _exit_code(error: Exception) -> int:
+    if isinstance(error, RunInterrupted):
+        return error.code
+    return EXIT_FAILED if isinstance(error, RunFailed) else EXIT_BAD_INPUT
 
 
 def parse(parser: ArgumentParser, arguments: Sequence[str] | dict[str, Any] | None = None) -> Namespace:
@@ -117,8 +154,12 @@ def _complain(error: Exception) -> None:
     """
     rank = os.environ.get("RANK", "0")
     line = " ".join(str(error).split())
-    differ = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-    if not differ and os.environ.get("LOCAL_RANK", "0") != "0":
+    alike = isinstance(error, RunStopped) and error.alike
+    if alike and rank != "0":
+        time.sleep(HEAD_START_S)
+        return
+    differ = not alike and dist.is_initialized() and dist.get_world_size() > 1
+    if not differ and not alike and os.environ.get("LOCAL_RANK", "0") != "0":
         time.sleep(PATIENCE_S)
         differ = True
     print(f"error: rank {rank}: {line}" if differ else f"error: {line}", file=sys.stderr)  # noqa: T201

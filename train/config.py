@@ -20,9 +20,14 @@ from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 from model.build import ModelConfig, num_views
 from pipelines.augment import AugmentConfig, build_recipe
 from pipelines.build import DataConfig
+from train.checkpoint_keeping import KeepBest, KeepConfig
 from train.cli import parse
+from train.compilation import CompileMode
+from train.metrics import LogConfig
+from train.online.config import OnlineConfig
 from train.optim.lars import LARSConfig
-from train.schedule import ScheduleConfig
+from train.plain_yaml import load_plain_yaml
+from train.schedule import ScheduleConfig, check_sizes
 
 CONFIG_FILE = "config.yaml"
 
@@ -37,7 +42,14 @@ ADJUSTABLE = frozenset(
         "train.log_every",
         "train.checkpoint_every",
         "train.keep_checkpoints",
+        "train.keep_best",
+        "train.keep_every_epochs",
+        "train.background_checkpoints",
+        "train.hang_timeout_s",
         "train.zero_stage",
+        "train.activation_checkpointing",
+        "train.compile",
+        "train.deterministic",
         "model.exchange",
         "optim.backend",
         "train.on_nonfinite",
@@ -45,6 +57,8 @@ ADJUSTABLE = frozenset(
 )
 """What may differ when a run is resumed: what machine it runs on, not what it learns (but for rounding, and for the
 samples that `on_error: skip` replaces)."""
+ADJUSTABLE_SECTIONS = ("online.", "log.")
+"""Likewise, whole: what watches the encoder, not what trains it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +89,33 @@ class TrainConfig:
     """Steps between two checkpoints, beside the one at the end of each epoch; 0: those alone."""
     keep_checkpoints: int = 2
     """How many of the latest checkpoints stay."""
+    keep_best: KeepBest = "none"
+    """Also keep the checkpoint of the epoch with the lowest mean loss, or with the highest accuracy of the online probe
+    or of nearest neighbours."""
+    keep_every_epochs: int = 0
+    """Also keep the checkpoint of every so many epochs; 0: of none."""
+    background_checkpoints: bool = True
+    """Write checkpoints while training goes on, from a copy in host memory; else training waits."""
+    hang_timeout_s: float = 600.0
+    """Seconds without any progress after which a rank is given up for hung, and the run ended with its name; 0: never.
+    Compiling, saving and evaluating count as one step of progress each."""
+    ema_decay: float = 0.0
+    """Keep a moving average of the weights beside them, which evaluation and export can take: average ← decay ·
+    average + (1 − decay) · weights, after each step; 0: none."""
+    activation_checkpointing: bool = False
+    """Keep only the input of each residual block (and the stem) for the backward pass, and compute its inside again:
+    less memory, about a third more time; the same gradients."""
+    compile: CompileMode = "off"
+    """Compile the encoder with `torch.compile`, in one of its modes; `reduce-overhead` uses CUDA graphs."""
+    deterministic: bool = False
+    """Only operations that give the same bits each time; on GPUs slower. On the CPU runs are so anyway."""
+    initial_encoder: str | None = None
+    """A checkpoint whose encoder a new run starts from, as `python -m tools.import_checkpoint` writes it."""
+
+    @property
+    def keep(self) -> KeepConfig:
+        """Which checkpoints stay."""
+        return KeepConfig(last=self.keep_checkpoints, best=self.keep_best, every_epochs=self.keep_every_epochs)
 
     def __post_init__(self) -> None:
         for name, low in (
@@ -83,6 +124,7 @@ class TrainConfig:
             ("log_every", 1),
             ("checkpoint_every", 0),
             ("keep_checkpoints", 1),
+            ("keep_every_epochs", 0),
         ):
             if getattr(self, name) < low:
                 raise ValueError(f"`train.{name}` must be at least {low}, got {getattr(self, name)}")
@@ -92,6 +134,19 @@ class TrainConfig:
             )
         if self.micro_batch_size is not None and self.micro_batch_size < 1:
             raise ValueError(f"`train.micro_batch_size` must be null or at least 1, got {self.micro_batch_size}")
+        if not 0.0 <= self.hang_timeout_s < math.inf:
+            raise ValueError(
+                f"`train.hang_timeout_s` must be finite and not negative, got {self.hang_timeout_s}; 0: off"
+            )
+        if not 0.0 <= self.ema_decay < 1.0:
+            raise ValueError(
+                f"`train.ema_decay` must be in [0, 1), got {self.ema_decay}; usual: 0.99 to 0.9999; 0: none"
+            )
+        if self.deterministic and self.compile == "max-autotune":
+            raise ValueError(
+                "`train.deterministic` must be false with `train.compile` max-autotune, which chooses kernels by time; "
+                "got true; compile in another mode"
+            )
         if not 0.0 <= self.gradient_clipping < math.inf:
             raise ValueError(
                 f"`train.gradient_clipping` must be finite and not negative, got {self.gradient_clipping}; 0: none"
@@ -110,6 +165,8 @@ class PretrainConfig:
     optim: LARSConfig = LARSConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     train: TrainConfig = TrainConfig()
+    online: OnlineConfig = OnlineConfig()
+    log: LogConfig = LogConfig()
     seed: int = 0
     """Of the weights, the order and every view."""
     runs_dir: str = "runs"
@@ -128,6 +185,15 @@ class PretrainConfig:
                 f"`augment.recipe` must draw the {num_taken} views of each image that {self.model.method} takes, "
                 f"got {self.augment.recipe}, which draws {num_drawn}"
             )
+        check_sizes(self.schedule, num_epochs=self.train.epochs, size=self.augment.size)
+        self._check_best()
+
+    def _check_best(self) -> None:
+        best = self.train.keep_best
+        if best == "probe_accuracy" and not self.online.linear_probe:
+            raise ValueError("`train.keep_best` probe_accuracy needs `online.linear_probe`, got false")
+        if best == "knn_accuracy" and not self.online.knn_every_epochs:
+            raise ValueError("`train.keep_best` knn_accuracy needs `online.knn_every_epochs`, got 0")
 
     @property
     def run_dir(self) -> Path:
@@ -221,12 +287,42 @@ def read_run_config(run_dir: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"{run_dir} holds no {CONFIG_FILE}; give the directory of a run")
     try:
-        resolved = yaml.safe_load(path.read_text())
+        resolved = load_plain_yaml(path.read_text())
     except (yaml.YAMLError, UnicodeDecodeError):
         resolved = None
     if not isinstance(resolved, dict):
         raise ValueError(f"{path} is damaged; remove {run_dir} to start over")
     return resolved
+
+
+def check_run_dir(config: PretrainConfig) -> None:
+    """Refuse a run directory that belongs to another run; one that is not there yet is free.
+
+    Raises:
+        ValueError: the directory holds a run of another configuration.
+    """
+    path = config.run_dir / CONFIG_FILE
+    if not path.exists():
+        return
+    ours, stored = flatten(asdict(config)), read_run_config(config.run_dir)
+    try:  # an option that is newer than the run had its default's effect there
+        stored = resolved_dict(config_from_dict(stored))
+    except ValueError as error:
+        raise ValueError(
+            f"{path} was written by another version of Twinview ({error}); choose another `name`"
+        ) from error
+    theirs = flatten(stored)
+    for key in sorted(ours.keys() | theirs.keys()):
+        if not is_adjustable(key) and _plain(ours.get(key)) != theirs.get(key):
+            raise ValueError(
+                f"`{key}` is {theirs.get(key)} in {path} and {_plain(ours.get(key))} in this run; "
+                f"choose another `name`, or remove {config.run_dir} to start over"
+            )
+
+
+def is_adjustable(key: str) -> bool:
+    """Whether a field, such as `train.log_every`, may differ when a run is resumed."""
+    return key in ADJUSTABLE or key.startswith(ADJUSTABLE_SECTIONS)
 
 
 def claim_run_dir(config: PretrainConfig) -> None:
@@ -235,23 +331,9 @@ def claim_run_dir(config: PretrainConfig) -> None:
     Raises:
         ValueError: the directory holds a run of another configuration.
     """
+    check_run_dir(config)
     path = config.run_dir / CONFIG_FILE
-    ours = _flatten(asdict(config))
     if path.exists():
-        stored = read_run_config(config.run_dir)
-        try:  # an option that is newer than the run had its default's effect there
-            stored = resolved_dict(config_from_dict(stored))
-        except ValueError as error:
-            raise ValueError(
-                f"{path} was written by another version of Twinview ({error}); choose another `name`"
-            ) from error
-        theirs = _flatten(stored)
-        for key in sorted(ours.keys() | theirs.keys()):
-            if key not in ADJUSTABLE and _plain(ours.get(key)) != theirs.get(key):
-                raise ValueError(
-                    f"`{key}` is {theirs.get(key)} in {path} and {_plain(ours.get(key))} in this run; "
-                    f"choose another `name`, or remove {config.run_dir} to start over"
-                )
         return
     try:
         config.run_dir.mkdir(parents=True, exist_ok=True)
@@ -274,11 +356,12 @@ def _plain(value: Any) -> Any:
     return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
-def _flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dictionaries as one, with dotted keys such as `train.log_every`."""
     flat: dict[str, Any] = {}
     for key, value in nested.items():
         if isinstance(value, dict):
-            flat |= _flatten(value, f"{prefix}{key}.")
+            flat |= flatten(value, f"{prefix}{key}.")
         else:
             flat[prefix + key] = value
     return flat

@@ -23,16 +23,24 @@ from train.optim.param_groups import load_state_by_name, state_by_name
 from train.optim.zero import FlatGroup, flat_groups, gather_state, partition_gradients, partition_lars, scatter_state
 from train.runtime import Ranks
 
-COLLECTIVE_TIMEOUT = timedelta(minutes=30)  # torch's default; a first step may compile kernels for minutes
+COLLECTIVE_TIMEOUT_S = 1800.0  # torch's default; a first step may compile kernels for minutes
+WATCHDOG_FIRST = 2.0  # a collective waits so many times longer than the watchdog, which can tell who is missing
 BUCKET_ELEMENTS = 2**25  # of gradients reduced at a time: 128 MiB in float32, where DeepSpeed's default takes 2 GB
 
 
-def init_process_group(device: torch.device) -> None:
-    """Join the other ranks: NCCL between GPUs, gloo between CPU processes. All ranks must call."""
+def init_process_group(device: torch.device, hang_timeout_s: float = 0.0) -> None:
+    """Join the other ranks: NCCL between GPUs, gloo between CPU processes. All ranks must call.
+
+    Args:
+        device: of this rank.
+        hang_timeout_s: after which the watchdog gives a rank up; 0: it never does.
+    """
     deepspeed = _import_deepspeed(device)
-    backend = "nccl" if device.type == "cuda" else "gloo"
     deepspeed.init_distributed(
-        dist_backend=backend, auto_mpi_discovery=False, verbose=False, timeout=COLLECTIVE_TIMEOUT
+        dist_backend="nccl" if device.type == "cuda" else "gloo",
+        auto_mpi_discovery=False,
+        verbose=False,
+        timeout=timedelta(seconds=max(COLLECTIVE_TIMEOUT_S, WATCHDOG_FIRST * hang_timeout_s)),
     )
 
 
@@ -92,6 +100,8 @@ class Engine:
         self._on_nonfinite = on_nonfinite
         self._guard = NonFiniteGuard(on_nonfinite, ranks, device)
         optimizer.skip = self._guard.skip
+        self.projections: list[Tensor] = []
+        """Of the last step: this rank's, [N, D] for each view, without a graph."""
         self._flat_groups: list[FlatGroup] = []
         if zero_stage == 0:
             method.to(memory_format=torch.channels_last)
@@ -126,6 +136,11 @@ class Engine:
             buffer.copy_(torch.where(self._guard.skip, before, buffer))
         return loss.detach(), metrics
 
+    @property
+    def left_out(self) -> Tensor:
+        """Whether the last step was left out for not being finite: a scalar on the device."""
+        return self._guard.skip
+
     def check_finite(self) -> None:
         """Look at what the steps so far have met; waits for the device.
 
@@ -136,7 +151,7 @@ class Engine:
 
     def _step_at_once(self, views: list[Tensor], step: int) -> tuple[Tensor, dict[str, Tensor]]:
         loss, metrics, projections = self._engine(views, None)
-        self._guard.observe(projections, loss)
+        self._observe(projections, loss)
         self._engine.backward(loss)
         self._guard_step(step)
         self._engine.step()
@@ -146,7 +161,7 @@ class Engine:
         with torch.autocast(**self._autocast):
             projections = cached_projections(self._method, views, self._micro_batch_size)
             cached = loss_gradients(self._method, projections)
-        self._guard.observe(projections, cached.loss)
+        self._observe(projections, cached.loss)
         by_piece = zip(*(torch.split(part, self._micro_batch_size) for part in cached.by_projection), strict=True)
         pieces = list(zip(micro_batches(views, self._micro_batch_size), by_piece, strict=True))
         for i, (piece, gradients) in enumerate(pieces):
@@ -159,6 +174,10 @@ class Engine:
                 self._guard_step(step)
             self._engine.step()  # the last one moves the parameters
         return cached.loss, cached.metrics
+
+    def _observe(self, projections: list[Tensor], loss: Tensor) -> None:
+        self.projections = projections
+        self._guard.observe(projections, loss)
 
     def _guard_step(self, step: int) -> None:
         """Between the last backward and the optimizer."""
@@ -195,6 +214,11 @@ class Engine:
         self._method.load_state_dict(saved)
         if self._flat_groups:  # else the next step would bring the master copy's values back
             self._deepspeed_optimizer.refresh_fp32_params()
+
+    def barrier(self) -> None:
+        """Wait until all ranks have come here."""
+        if self._world_size > 1:
+            dist.barrier()
 
     def mean_over_ranks(self, metrics: dict[str, Tensor]) -> dict[str, float]:
         """Average scalars over the ranks, in one collective; waits for the device. All ranks must call."""

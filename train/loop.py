@@ -1,58 +1,40 @@
 """The training loop: epochs of batches from the loader, through the engine, into metrics and checkpoints.
 
-It reads from top to bottom; what can be a pure function of the step is one. A run is resumed by loading the latest
-checkpoint of its directory and going on with the next batch of the same epoch.
+It reads from top to bottom; what can be a pure function of the step is one. A run is resumed by loading the newest
+whole checkpoint of its directory and going on with the next batch of the same epoch.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import time
-from typing import NoReturn
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
+from model.ema import WeightAverage
 from model.methods.base import Method
-from pipelines.batch import Batch, Loader
-from train.checkpoint import (
-    Checkpoint,
-    checkpoint_path,
-    latest_checkpoint,
-    load_checkpoint,
-    prune_checkpoints,
-    save_checkpoint,
-)
+from pipelines.batch import Batch
+from train.checkpoint import Checkpoint
+from train.checkpoint_keeping import newest_whole_checkpoint
+from train.checkpoint_writer import CheckpointWriter
 from train.config import PretrainConfig, norm_batch_size, resolved_dict, summary
+from train.console import Console
 from train.engine import Engine
+from train.interruption import Interruption, stopped
+from train.loaders import EpochLoaders
 from train.metrics import MetricsWriter
+from train.observation import Observation
 from train.optim.lars import peak_lr
 from train.runtime import Ranks, package_versions
 from train.schedule import learning_rate
+from train.tallies import EPOCH_MEANS, EpochMeans, Stopwatch
+from train.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
-
-
-class Stopwatch:
-    """Times the steps since the last line of metrics: images a second, and the share spent waiting for data."""
-
-    def __init__(self) -> None:
-        self._start = time.perf_counter()
-        self._images = 0
-        self._waiting = 0.0
-
-    def record(self, num_images: int, waited: float) -> None:
-        """Count one step: images over all ranks, and the seconds in which this rank waited for them."""
-        self._images += num_images
-        self._waiting += waited
-
-    def read(self) -> dict[str, float]:
-        """What was measured since the last reading; starts again."""
-        elapsed = time.perf_counter() - self._start
-        figures = {"images_per_sec": self._images / elapsed, "data_wait": self._waiting / elapsed}
-        self._start, self._images, self._waiting = time.perf_counter(), 0, 0.0
-        return figures
 
 
 class Pretraining:
@@ -62,9 +44,13 @@ class Pretraining:
         config: the run's.
         method: what is trained; its weights are those of the seed until `restore` replaces them.
         engine: steps it.
-        loader: of this rank's batches.
+        loaders: of this rank's batches.
         ranks: of this process.
-        warmup_steps: of the learning rate.
+        observation: watches the encoder.
+        steps_per_epoch: batches of every epoch.
+        console: for the line of progress.
+        watchdog: hears of every phase.
+        interruption: tells when to stop.
     """
 
     def __init__(
@@ -72,43 +58,61 @@ class Pretraining:
         config: PretrainConfig,
         method: Method,
         engine: Engine,
-        loader: Loader,
+        loaders: EpochLoaders,
         ranks: Ranks,
         *,
-        warmup_steps: int,
+        observation: Observation,
+        steps_per_epoch: int,
+        console: Console,
+        watchdog: Watchdog,
+        interruption: Interruption,
     ) -> None:
         self.config, self.method = config, method
-        self.engine, self.loader, self.ranks = engine, loader, ranks
+        self.engine, self.loaders, self.ranks = engine, loaders, ranks
+        self.console, self.watchdog, self.interruption = console, watchdog, interruption
         self.step = 0  # optimizer steps done
-        self.steps_per_epoch = len(loader)
-        self.total_steps = config.train.epochs * self.steps_per_epoch
-        self.warmup_steps = warmup_steps
+        self.steps_per_epoch = steps_per_epoch
+        self.total_steps = config.train.epochs * steps_per_epoch
         self.peak_lr = peak_lr(config.optim, config.data.global_batch_size)
         self.norm_batch_size = norm_batch_size(config, ranks.world_size)
+        self.versions = package_versions()
+        self.average = WeightAverage(method, config.train.ema_decay) if config.train.ema_decay else None
+        self.observation = observation
+        self.epoch_means = EpochMeans()
         self._start = (0, 0)  # epoch and batch
 
-    def restore(self) -> None:
-        """Go to where the run's latest checkpoint stands; stay at the start where there is none.
+    def restore(self) -> bool:
+        """Go to where the run's newest whole checkpoint stands; stay at the start where there is none.
+
+        Returns:
+            Whether there is one.
 
         Raises:
-            ValueError: the checkpoint is damaged, foreign, or of other data.
+            ValueError: the checkpoints are damaged, foreign, or of other data.
         """
-        path = latest_checkpoint(self.config.run_dir)
-        if path is None:
-            return
-        checkpoint = load_checkpoint(path)
-        found = checkpoint.position.get("norm_batch_size", self.config.data.global_batch_size)
-        if found != self.norm_batch_size:
+        found = newest_whole_checkpoint(self.config.run_dir)
+        if found is None:
+            return False
+        path, checkpoint = found
+        normed = checkpoint.position.get("norm_batch_size", self.config.data.global_batch_size)
+        if normed != self.norm_batch_size:
             raise ValueError(
-                f"{path} was trained with batch norm over {found} images, which `train.micro_batch_size` and "
+                f"{path} was trained with batch norm over {normed} images, which `train.micro_batch_size` and "
                 f"`model.norm_group_size` on {self.ranks.world_size} ranks make {self.norm_batch_size}; resume with "
                 "values, or on a number of ranks, that make them as many"
             )
-        self._start = self.loader.load_state_dict(checkpoint.loader)
+        epoch, batch = self.loaders.load_state_dict(checkpoint.loader)
+        self._start = (epoch, batch) if batch < self.steps_per_epoch else (epoch + 1, 0)
         self.engine.load_parameters(checkpoint.model)
         self.engine.load_optimizer_state(checkpoint.optimizer)
+        if self.average is not None:
+            self.average.load_state_dict(checkpoint.average)
+        self.observation.load_state_dict(checkpoint.probe)
+        if batch < self.steps_per_epoch:
+            self.epoch_means.load_state_dict(checkpoint.position.get("epoch_means", {}))
         self.step = checkpoint.position["step"]
         logger.info("resuming from %s: epoch %d, batch %d", path, *self._start)
+        return True
 
     def check_ranks_agree(self) -> None:
         """Refuse to go on where ranks stand at different steps. All ranks must call.
@@ -124,72 +128,138 @@ class Pretraining:
             )
 
     def run(self) -> None:
-        """Train until the last epoch is done. All ranks must call."""
-        is_main = self.ranks.rank == 0
-        logger.info("%s", summary(self.config, self.ranks.world_size))
+        """Train until the last epoch is done. All ranks must call.
+
+        Raises:
+            RunFailed: it cannot go on.
+            RunInterrupted: it was asked to stop, and has saved a checkpoint.
+        """
+        config, is_main = self.config, self.ranks.rank == 0
+        logger.info("%s", summary(config, self.ranks.world_size))
+        resolved = resolved_dict(config)
         with (
-            MetricsWriter(self.config.run_dir, enabled=is_main, resume_step=self.step) as writer,
-            tqdm(
-                total=self.total_steps,
-                initial=self.step,
-                unit="step",
-                desc=self.config.name,
-                disable=not is_main,
-                dynamic_ncols=True,
-                mininterval=1.0,
-            ) as bar,
+            MetricsWriter(
+                config.run_dir,
+                enabled=is_main,
+                resume_step=self.step,
+                config=config.log,
+                run_name=config.name,
+                resolved=resolved,
+            ) as self._writer,
+            CheckpointWriter(
+                config.run_dir, keep=config.train.keep, background=config.train.background_checkpoints
+            ) as self._saver,
+            self.console.start(num_epochs=config.train.epochs, total_steps=self.total_steps),
         ):
             first_epoch, first_batch = self._start
-            for epoch in range(first_epoch, self.config.train.epochs):
-                self._run_epoch(epoch, first_batch if epoch == first_epoch else 0, writer, bar)
+            for epoch in range(first_epoch, config.train.epochs):
+                self._run_epoch(epoch, first_batch if epoch == first_epoch else 0)
+            self.interruption.conclude()
+            self.watchdog.beat(self.step, "saving a checkpoint")
+            self._saver.finish()
         logger.info("done: %d steps", self.step)
 
-    def _run_epoch(self, epoch: int, start_batch: int, writer: MetricsWriter, bar: tqdm[NoReturn]) -> None:
+    def _run_epoch(self, epoch: int, start_batch: int) -> None:
         train = self.config.train
-        batches = self.loader.epoch(epoch, start_batch)
+        if start_batch == 0:
+            self.epoch_means.clear()
+        self.watchdog.beat(self.step, "loading data")
+        batches = self.loaders.of(epoch).epoch(epoch, start_batch)
         watch = Stopwatch()
         for done in range(start_batch + 1, self.steps_per_epoch + 1):
-            asked = time.perf_counter()
-            batch = next(batches)
-            waited = time.perf_counter() - asked
+            batch, waited = self._next(batches)
             metrics, lr = self._train_step(batch)
             watch.record(self.config.data.global_batch_size, waited)
-            bar.update()
-            saving = done == self.steps_per_epoch or (
-                train.checkpoint_every > 0 and self.step % train.checkpoint_every == 0
-            )
+            ended = done == self.steps_per_epoch
+            saving = ended or (train.checkpoint_every > 0 and self.step % train.checkpoint_every == 0)
+            line: dict[str, float] = {}
             if saving or self.step % train.log_every == 0:  # no checkpoint without a look at the loss
-                self.engine.check_finite()
-                means = self.engine.mean_over_ranks(metrics)
-                self._log(writer, bar, {"epoch": epoch, "lr": lr} | means | watch.read())
-            if saving:
-                self._save()
+                line = {"epoch": epoch, "lr": lr} | self._measure(metrics) | watch.read()
+                line |= self._evaluate(epoch) if ended else {}
+                self._write(epoch, line)
+            signal = self.interruption.agreed()
+            if saving or signal:
+                self._save(epoch, ended=ended, line=line)
+            if signal and self.step < self.total_steps:
+                self._stop(signal)
+
+    def _next(self, batches: Iterator[Batch]) -> tuple[Batch, float]:
+        """The next batch, and the seconds that it let this rank wait."""
+        self.watchdog.beat(self.step, "loading data")
+        asked = time.perf_counter()
+        batch = next(batches)
+        return batch, time.perf_counter() - asked
 
     def _train_step(self, batch: Batch) -> tuple[dict[str, Tensor], float]:
         lr = learning_rate(
-            self.step, peak_lr=self.peak_lr, total_steps=self.total_steps, warmup_steps=self.warmup_steps
+            self.step,
+            config=self.config.schedule,
+            peak_lr=self.peak_lr,
+            total_steps=self.total_steps,
+            steps_per_epoch=self.steps_per_epoch,
         )
+        self.watchdog.beat(self.step + 1, "training step")
         loss, metrics = self.engine.train_step(batch.views, lr=lr, step=self.step + 1)
         self.step += 1
         self.method.after_step(self.step)
-        return {"loss": loss} | metrics, lr
+        if self.average is not None:
+            self.average.update(self.engine.left_out)
+        return {"loss": loss} | metrics | self.observation.after_step(batch), lr
 
-    def _log(self, writer: MetricsWriter, bar: tqdm[NoReturn], metrics: dict[str, float]) -> None:
-        writer.write(self.step, metrics)
-        bar.set_postfix(loss=f"{metrics['loss']:.3f}", img_s=f"{metrics['images_per_sec']:.0f}", refresh=False)
+    def _measure(self, metrics: dict[str, Tensor]) -> dict[str, float]:
+        """A line's figures, over all ranks; waits for the device."""
+        self.watchdog.beat(self.step, "metrics")
+        self.engine.check_finite()
+        means = self.engine.mean_over_ranks(metrics)
+        return means | self.observation.measure(self.engine.projections, step=self.step)
 
-    def _save(self) -> None:
+    def _evaluate(self, epoch: int) -> dict[str, float]:
+        self.watchdog.beat(self.step, "evaluating")
+        return self.observation.after_epoch(epoch, beat=lambda: self.watchdog.beat(self.step, "evaluating"))
+
+    def _write(self, epoch: int, line: dict[str, float]) -> None:
+        self._writer.write(self.step, line)
+        self.console.write(epoch, self.step, line)
+        self.epoch_means.add(line)
+
+    def _stop(self, signal: int) -> None:
+        """End the run, once its state is on the disk."""
+        self.interruption.conclude()
+        self._saver.finish()
+        self.engine.barrier()  # a launcher ends all ranks as soon as one has left
+        raise stopped(signal, self.step)
+
+    def _save(self, epoch: int, *, ended: bool, line: dict[str, float]) -> None:
         """Write a checkpoint on rank 0; the state is the same on all ranks, which must all call."""
+        self.watchdog.beat(self.step, "saving a checkpoint")
+        self.engine.check_finite()
         optimizer_state = self.engine.optimizer_state()
         if self.ranks.rank != 0:
             return
-        checkpoint = Checkpoint(
-            model=self.method.state_dict(),
-            optimizer=optimizer_state,
-            position={"step": self.step, "norm_batch_size": self.norm_batch_size},
-            config=resolved_dict(self.config),
-            versions=package_versions(),
-            loader=self.loader.state_dict(),
+        position: dict[str, Any] = {
+            "step": self.step,
+            "norm_batch_size": self.norm_batch_size,
+            "epoch": epoch,
+            "epoch_ended": ended,
+            "scores": self._scores(line) if ended else {},
+            "epoch_means": self.epoch_means.state_dict(),
+        }
+        self._saver.save(
+            Checkpoint(
+                model=self.method.state_dict(),
+                optimizer=optimizer_state,
+                average={} if self.average is None else self.average.state_dict(),
+                probe=self.observation.state_dict(),
+                position=position,
+                config=resolved_dict(self.config),
+                versions=self.versions,
+                loader=self.loaders.state_dict(),
+            )
         )
-        save_checkpoint(checkpoint_path(self.config.run_dir, self.step), checkpoint)
-        prune_checkpoints(self.config.run_dir, self.config.train.keep_checkpoints)
+
+    def _scores(self, line: dict[str, float]) -> dict[str, float]:
+        """What `train.keep_best` may compare at the end of an epoch."""
+        scores = {name: self.epoch_means.mean(name) for name in EPOCH_MEANS} | {
+            "knn_accuracy": line.get("knn_accuracy")
+        }
+        return {name: score for name, score in scores.items() if score is not None and math.isfinite(score)}

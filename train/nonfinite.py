@@ -99,12 +99,14 @@ class NonFiniteGuard:
             raise RunFailed(
                 f"step {step} is not finite: {blamed}. The optimizer has not moved since; lower `optim.base_lr` or "
                 "lengthen `schedule.warmup_epochs` and start again, or leave such steps out by "
-                "`train.on_nonfinite: skip`"
+                "`train.on_nonfinite: skip`",
+                alike=True,
             )
         if in_a_row >= MAX_SKIPPED_IN_A_ROW:
             raise RunFailed(
                 f"the last {in_a_row} steps were not finite and left out; the first was step {step}: {blamed}. "
-                "Lower `optim.base_lr` or lengthen `schedule.warmup_epochs`, and start again"
+                "Lower `optim.base_lr` or lengthen `schedule.warmup_epochs`, and start again",
+                alike=True,
             )
         if skipped > self._reported:
             logger.warning("steps left out so far: %d; the first was step %d: %s", skipped, step, blamed)

@@ -7,36 +7,90 @@ process group, a model or a folder exists.
 import os
 import sys
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 if not __package__:  # started as a file: put the project's root, not this folder, on the path
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 # Read once, when torch is loaded: its threads soon sleep where they wait for one another. Left to spin, they take the
 # cores from the very thread that they wait for, as soon as anything else runs on the machine.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+# Else torch prints stacks of C++ whenever the rank that keeps the store leaves, even at the end of a run.
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 import torch
 
+from model.activation_checkpointing import checkpoint_activations
 from model.build import build_method
+from model.methods.base import Method
 from model.norm import check_group_size, groups_of, set_group
 from pipelines.augment import build_recipe
 from pipelines.batch import Loader
-from pipelines.build import MissingPackage, build_loader, check_batch_size, open_data
+from pipelines.beton import Beton
+from pipelines.build import ImageFolder, MissingPackage, build_loader, check_batch_size, open_data
+from train import determinism
+from train.checkpoint import latest_checkpoint
 from train.cli import UnfitEnvironment, run
-from train.config import PretrainConfig, check_micro_batch_size, claim_run_dir, parse_pretrain_config
+from train.compilation import compile_encoder
+from train.config import (
+    PretrainConfig,
+    check_micro_batch_size,
+    check_run_dir,
+    claim_run_dir,
+    parse_pretrain_config,
+)
+from train.determinism import allow_fastest, make_deterministic
 from train.engine import Engine, init_process_group
+from train.initial_encoder import load_initial_encoder
+from train.interruption import Interruption
+from train.loaders import EpochLoaders
 from train.loop import Pretraining
+from train.metrics import check_sinks
+from train.observation import Observation
+from train.online.linear_probe import count_classes
+from train.online.neighbour_sets import NeighbourSets, open_neighbour_sets
 from train.optim.lars import LARS
 from train.optim.lars_backends import check_backend
 from train.optim.param_groups import param_groups
-from train.runtime import Ranks, choose_device, configure_logging, cores_per_rank, keep_freed_memory, read_ranks
-from train.schedule import num_warmup_steps
+from train.preflight import preflight
+from train.runtime import (
+    Ranks,
+    choose_device,
+    configure_logging,
+    cores_per_rank,
+    keep_freed_memory,
+    log_path,
+    read_ranks,
+)
+from train.schedule import num_warmup_steps, size_of_epoch
+from train.watchdog import Watchdog
+
+
+class Checked(NamedTuple):
+    """What is known before anything is allocated."""
+
+    config: PretrainConfig
+    ranks: Ranks
+    device: torch.device
+    data: Beton | ImageFolder
+    steps_per_epoch: int
+    warmup_steps: int
+    num_probe_classes: int | None
+    neighbours: NeighbourSets | None
 
 
 def main() -> None:
     """Check, set up, train."""
-    config = parse_pretrain_config()
-    ranks = read_ranks()
+    with Interruption() as interruption:
+        checked = _check(parse_pretrain_config(), read_ranks())
+        _set_up_machine(checked)
+        with closing(_build_loaders(checked)) as loaders:
+            _train(checked, loaders, interruption)
+
+
+def _check(config: PretrainConfig, ranks: Ranks) -> Checked:
+    """Refuse what cannot run."""
     data = open_data(config.data)
     check_batch_size(config.data.global_batch_size, ranks.world_size, data.num_samples)
     check_micro_batch_size(config, ranks.world_size)
@@ -46,38 +100,118 @@ def main() -> None:
     warmup_steps = num_warmup_steps(config.schedule, steps_per_epoch=steps_per_epoch, total_steps=total_steps)
     device = choose_device(config.train.device, ranks)
     check_backend(config.optim.backend, config.optim.form, device)
-    num_cores = cores_per_rank(ranks)
-    torch.set_num_threads(config.train.cpu_threads or num_cores)
-    if device.type == "cpu":
+    if ranks.rank == 0:
+        check_sinks(config.log)
+    check_run_dir(config)
+    return Checked(
+        config=config,
+        ranks=ranks,
+        device=device,
+        data=data,
+        steps_per_epoch=steps_per_epoch,
+        warmup_steps=warmup_steps,
+        num_probe_classes=count_classes(data) if config.online.linear_probe else None,
+        neighbours=open_neighbour_sets(config.online, config.data),
+    )
+
+
+def _set_up_machine(checked: Checked) -> None:
+    train = checked.config.train
+    torch.set_num_threads(train.cpu_threads or cores_per_rank(checked.ranks))
+    if checked.device.type == "cpu":
         keep_freed_memory()
-    if config.train.precision == "fp32":
+    if train.deterministic:
+        make_deterministic()
+    else:
+        allow_fastest()
+    if train.precision == "fp32":
         torch.backends.cudnn.allow_tf32 = False  # torch's default would compute convolutions with 10 bits
-    try:
-        loader = build_loader(
+
+
+def _build_loaders(checked: Checked) -> EpochLoaders:
+    config, ranks = checked.config, checked.ranks
+
+    def build(side: int) -> Loader:
+        return build_loader(
             config.data,
-            data,
-            build_recipe(config.augment),
+            checked.data,
+            build_recipe(replace(config.augment, size=side)),
             seed=config.seed,
             rank=ranks.rank,
             world_size=ranks.world_size,
-            device=device,
+            device=checked.device,
             dtype=torch.bfloat16 if config.train.precision == "bf16" else torch.float32,
-            num_cores=num_cores,
+            num_cores=cores_per_rank(ranks),
         )
+
+    def side_of(epoch: int) -> int:
+        return size_of_epoch(config.schedule, epoch, config.augment.size)
+
+    try:
+        return EpochLoaders(build, side_of, config.train.epochs)
     except MissingPackage as error:
         raise UnfitEnvironment(str(error)) from error
-    with closing(loader):
-        _train(config, ranks, device, loader, num_warmup_steps=warmup_steps)
 
 
-def _train(
-    config: PretrainConfig, ranks: Ranks, device: torch.device, loader: Loader, *, num_warmup_steps: int
-) -> None:
+def _train(checked: Checked, loaders: EpochLoaders, interruption: Interruption) -> None:
+    config, ranks, timeout_s = checked.config, checked.ranks, checked.config.train.hang_timeout_s
+    method = _build_method(config)
+    init_process_group(checked.device, timeout_s)
+    preflight(ranks, config=config, data_identity=loaders.identity())
     claim_run_dir(config)
-    configure_logging(config.run_dir, ranks)
-    init_process_group(device)
+    console = configure_logging(config.run_dir, ranks)
+    with Watchdog(ranks, timeout_s=timeout_s, log_file=log_path(config.run_dir, ranks)) as watchdog:
+        try:
+            watchdog.beat(0, "building the engine")
+            engine = _build_engine(config, method, ranks, checked.device)
+            observation = Observation(
+                config,
+                method,
+                ranks,
+                checked.device,
+                num_classes=checked.num_probe_classes,
+                neighbours=checked.neighbours,
+                warmup_steps=checked.warmup_steps,
+            )
+            interruption.begin(ranks)
+            pretraining = Pretraining(
+                config,
+                method,
+                engine,
+                loaders,
+                ranks,
+                observation=observation,
+                steps_per_epoch=checked.steps_per_epoch,
+                console=console,
+                watchdog=watchdog,
+                interruption=interruption,
+            )
+            watchdog.beat(0, "resuming")
+            pretraining.restore()
+            pretraining.check_ranks_agree()
+            pretraining.run()
+        except RuntimeError as error:
+            # A collective tells that some rank is gone, not which.
+            explained = watchdog.explain(error) or determinism.explain(error)
+            if explained is None:
+                raise
+            raise explained from error
+
+
+def _build_method(config: PretrainConfig) -> Method:
+    """With the weights that a new run starts from, on the CPU."""
     method = build_method(config.model, config.seed)
+    if config.train.initial_encoder is not None and latest_checkpoint(config.run_dir) is None:
+        load_initial_encoder(config.train.initial_encoder, method)
+    return method
+
+
+def _build_engine(config: PretrainConfig, method: Method, ranks: Ranks, device: torch.device) -> Engine:
+    train = config.train
     set_group(method, groups_of(config.model.norm_group_size))
+    if train.activation_checkpointing:
+        checkpoint_activations(method.encoder)
+    compile_encoder(method.to(device), train.compile)
     optimizer = LARS(
         param_groups(method, config.optim.weight_decay),
         lr=0.0,  # the schedule sets it before each step
@@ -87,22 +221,18 @@ def _train(
         nesterov=config.optim.nesterov,
         backend=config.optim.backend,
     )
-    engine = Engine(
+    return Engine(
         method,
         optimizer,
         ranks=ranks,
         device=device,
-        precision=config.train.precision,
+        precision=train.precision,
         local_batch_size=config.data.global_batch_size // ranks.world_size,
-        micro_batch_size=config.train.micro_batch_size,
-        zero_stage=config.train.zero_stage,
-        gradient_clipping=config.train.gradient_clipping,
-        on_nonfinite=config.train.on_nonfinite,
+        micro_batch_size=train.micro_batch_size,
+        zero_stage=train.zero_stage,
+        gradient_clipping=train.gradient_clipping,
+        on_nonfinite=train.on_nonfinite,
     )
-    pretraining = Pretraining(config, method, engine, loader, ranks, warmup_steps=num_warmup_steps)
-    pretraining.restore()
-    pretraining.check_ranks_agree()
-    pretraining.run()
 
 
 if __name__ == "__main__":

@@ -9,14 +9,20 @@ import os
 import platform
 import socket
 import sys
+import threading
+import traceback
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
-from tqdm import tqdm
 
 from train.cli import UnfitEnvironment
+from train.console import Console
+from train.network import interface_to
+from train.slurm import slurm_ranks
+
+logger = logging.getLogger(__name__)
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # malloc.h of glibc
 PACKAGES = ("torch", "torchvision", "deepspeed", "ffcv", "numba", "numpy", "nvidia-dali-cuda130")
@@ -33,10 +39,14 @@ class Ranks:
 
 
 def read_ranks() -> Ranks:
-    """The ranks that `deepspeed` or `torchrun` put into the environment; a plain `python` run is rank 0 of 1.
+    """The ranks that `deepspeed`, `torchrun` or `srun` put into the environment; a plain `python` run is rank 0 of 1.
 
-    The variables that are missing are set, since DeepSpeed would otherwise go looking for MPI.
+    The variables that are missing are set, since DeepSpeed would otherwise go looking for MPI; so is, where the ranks
+    are on several machines, the network interface that gloo takes.
     """
+    if "RANK" not in os.environ:
+        for name, value in slurm_ranks(os.environ).items():
+            os.environ.setdefault(name, value)
     for name, default in (
         ("RANK", "0"),
         ("WORLD_SIZE", "1"),
@@ -47,12 +57,17 @@ def read_ranks() -> Ranks:
     if "MASTER_PORT" not in os.environ:
         os.environ["MASTER_PORT"] = str(free_port())
     world_size = int(os.environ["WORLD_SIZE"])
-    return Ranks(
+    ranks = Ranks(
         rank=int(os.environ["RANK"]),
         world_size=world_size,
         local_rank=int(os.environ["LOCAL_RANK"]),
         local_world_size=int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world_size),
     )
+    if ranks.local_world_size < world_size and "GLOO_SOCKET_IFNAME" not in os.environ:
+        interface = interface_to(os.environ["MASTER_ADDR"])
+        if interface is not None:
+            os.environ["GLOO_SOCKET_IFNAME"] = interface
+    return ranks
 
 
 def choose_device(wanted: Literal["auto", "cpu", "cuda"], ranks: Ranks) -> torch.device:
@@ -92,27 +107,52 @@ def keep_freed_memory() -> None:
         mallopt(M_TOP_PAD, 64 * 2**20)
 
 
-def configure_logging(run_dir: Path, ranks: Ranks) -> None:
-    """Log to the run directory, a file a rank, and on rank 0 warnings to the console as well."""
-    name = "train.log" if ranks.rank == 0 else f"train.rank{ranks.rank}.log"
-    file = logging.FileHandler(run_dir / name)
+def log_path(run_dir: Path, ranks: Ranks) -> Path:
+    """The log file of this rank."""
+    return run_dir / ("train.log" if ranks.rank == 0 else f"train.rank{ranks.rank}.log")
+
+
+def configure_logging(run_dir: Path, ranks: Ranks) -> Console:
+    """Log to the run directory, a file a rank, and on rank 0 warnings to the console as well, which is returned.
+
+    What Python's `warnings` and DeepSpeed have to say lands there too.
+    """
+    file = LogFile(log_path(run_dir, ranks), encoding="utf-8")
     file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    console = _Console()
-    console.setLevel(logging.WARNING)
-    console.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
+    console = Console(enabled=ranks.rank == 0)
     root = logging.getLogger()
-    root.handlers = [file, console] if ranks.rank == 0 else [file]
+    root.handlers = [file, console]
     root.setLevel(logging.WARNING)
     for package in ("pipelines", "model", "train"):
         logging.getLogger(package).setLevel(logging.INFO)
+    logging.captureWarnings(True)
+    deepspeed = logging.getLogger("DeepSpeed")  # keeps its records from the root, and has a stream of its own
+    deepspeed.handlers = [file, console]
+    threading.excepthook = _log_thread_error
+    return console
 
 
-class _Console(logging.Handler):
-    """Lines on stderr, above the progress bar."""
+class LogFile(logging.FileHandler):
+    """A log file whose disk may be full: a line is lost then, which the console hears once, and nothing else."""
 
-    def emit(self, record: logging.LogRecord) -> None:
-        """Write one line."""
-        tqdm.write(self.format(record), file=sys.stderr)
+    _told = False
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 — logging's name
+        """In place of a traceback on the console."""
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            super().handleError(record)
+        elif not self._told:
+            self._told = True
+            sys.stderr.write(f"WARNING: {self.baseFilename} lacks lines ({error.strerror or error})\n")
+
+
+def _log_thread_error(error: threading.ExceptHookArgs) -> None:
+    """A line on the console, the traceback in the log file: whoever waits for the thread learns of it as well."""
+    name = error.thread.name if error.thread else "a thread"
+    logger.warning("%s ended: %s", name, " ".join(str(error.exc_value).split()))
+    trace = "".join(traceback.format_exception(error.exc_type, error.exc_value, error.exc_traceback))
+    logger.info("%s", trace)
 
 
 def package_versions() -> dict[str, str]:

@@ -2,6 +2,8 @@
 
 import json
 import math
+import resource
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -88,6 +90,44 @@ def test_a_disabled_writer_touches_nothing(tmp_path):
     with MetricsWriter(tmp_path / "run", enabled=False) as writer:
         writer.write(1, {"loss": torch.empty((), device="meta")})  # is not even read
     assert not (tmp_path / "run").exists()
+
+
+@contextmanager
+def no_file_longer_than(num_bytes):
+    """The kernel cuts a write off there and refuses the next, as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("room", [0, 10])
+def test_a_disk_that_is_full_ends_the_run_with_whole_lines(tmp_path, room):
+    with MetricsWriter(tmp_path) as writer:
+        for step in range(1, 40):
+            writer.write(step, {"loss": 0.1 + step})
+        length = (tmp_path / METRICS_FILE).stat().st_size
+        with no_file_longer_than(length + room), pytest.raises(OSError) as caught:
+            writer.write(40, {"loss": 40.25})
+        reason = "No space left on device" if room else "File too large"
+        assert str(caught.value) == (
+            f"{tmp_path}: metrics of step 40 cannot be written ({reason}); make room and start the same command again: "
+            "it resumes from the last checkpoint"
+        )
+        assert (tmp_path / METRICS_FILE).stat().st_size == length
+    with MetricsWriter(tmp_path, resume_step=30) as writer:
+        writer.write(31, {"loss": 31.1})
+    assert [record["step"] for record in read_metrics(tmp_path)] == list(range(1, 32))
+
+
+def test_the_configuration_is_text_in_tensorboard(tmp_path):
+    with MetricsWriter(tmp_path, resolved={"name": "a", "optim": {"base_lr": 0.3}}) as writer:
+        writer.write(1, {"loss": 1.0})
+    events = EventAccumulator(str(tmp_path)).Reload()
+    (text,) = events.Tensors("config/text_summary")
+    assert text.tensor_proto.string_val[0].decode() == "```yaml\nname: a\noptim:\n  base_lr: 0.3\n```"
 
 
 def test_it_can_be_closed_twice_and_is_closed_by_an_error(tmp_path):

@@ -1,15 +1,14 @@
 """The scripts as a user starts them: launchers, kill and resume, bad input."""
 
-import os
 import signal
 import socket
-import time
 
 import pytest
 import torch
 import yaml
 
 from tests.pipelines.betons import make_beton
+from tests.reliability.processes import wait_for
 from tests.train.runs import BIN, deepspeed, finish, pretrain, start
 from train.checkpoint import latest_checkpoint, list_checkpoints, load_checkpoint
 from train.metrics import read_metrics
@@ -100,51 +99,6 @@ def test_the_number_of_ranks_changes_the_loss_curve_by_rounding_alone(data, tmp_
         torch.testing.assert_close(two.model[key], value, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.distributed
-def test_a_run_killed_in_the_middle_of_an_epoch_resumes_as_if_it_had_not_been(data, tmp_path, port):
-    options = ["--train.checkpoint_every=2", "--train.keep_checkpoints=100", "--train.epochs=6"]
-    command = pretrain(tmp_path, data, *options, name="killed", launcher=deepspeed(port))
-    process = start(command, start_new_session=True)
-    wait_for(lambda: len(list_checkpoints(tmp_path / "killed")) >= 4, process)
-    os.killpg(process.pid, signal.SIGKILL)
-    finish(process)
-    kill_stragglers(tmp_path)
-    interrupted = final_state(tmp_path, "killed")
-    assert 0 < interrupted.position["step"] < 6 * STEPS_PER_EPOCH
-
-    # Whatever was saved last, go on from the middle of an epoch.
-    for path in reversed(list_checkpoints(tmp_path / "killed")):
-        if load_checkpoint(path).position["step"] % STEPS_PER_EPOCH:
-            break
-        path.unlink()
-    assert_done(start(command))
-    assert "resuming from" in (tmp_path / "killed" / "train.log").read_text()
-    assert_done(start(pretrain(tmp_path, data, *options, name="whole", launcher=deepspeed(port))))
-    assert_same_state(final_state(tmp_path, "killed"), final_state(tmp_path, "whole"))
-    assert curve(tmp_path, "killed") == curve(tmp_path, "whole")
-
-
-def wait_for(condition, process, timeout_s=120):
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert process.poll() is None, finish(process)
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
-
-def kill_stragglers(runs_dir):
-    """DeepSpeed starts the ranks in sessions of their own: kill those that belong to this test."""
-    for entry in os.scandir("/proc"):
-        if entry.name.isdigit():
-            try:
-                with open(f"/proc/{entry.name}/cmdline", "rb") as file:  # noqa: PTH123
-                    mine = str(runs_dir).encode() in file.read()
-                if mine and int(entry.name) != os.getpid():
-                    os.kill(int(entry.name), signal.SIGKILL)
-            except (FileNotFoundError, ProcessLookupError):
-                continue
-
-
 def torn(data, folder):
     path = folder / "torn.beton"
     path.write_bytes(data.read_bytes()[:5000])
@@ -219,23 +173,6 @@ def test_a_fault_of_one_rank_alone_is_told(data, tmp_path):
     assert "error: rank 1: device cuda was asked for and rank 1 needs GPU number 1, but torch sees 0 GPUs" in err
 
 
-@pytest.mark.distributed
-def test_a_run_goes_on_at_another_world_size_as_it_would_have(data, tmp_path, port):
-    options = ["--train.checkpoint_every=3", "--train.keep_checkpoints=100", "--optim.base_lr=0.1"]
-    assert_done(start(pretrain(tmp_path, data, *options)))
-    whole = curve(tmp_path)
-    for path in list_checkpoints(tmp_path / "run"):
-        if load_checkpoint(path).position["step"] > 9:  # the last one left is of the middle of the second epoch
-            path.unlink()
-    torchrun = (BIN / "torchrun", "--nproc_per_node=2", f"--master_port={port}")
-    assert_done(start(pretrain(tmp_path, data, *options, "--data.num_threads=3", launcher=torchrun)))
-    resumed = curve(tmp_path)
-    assert [line["step"] for line in resumed] == [line["step"] for line in whole]
-    assert resumed[:9] == whole[:9]
-    for ours, theirs in zip(resumed[9:], whole[9:], strict=True):
-        assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-4)
-
-
 def test_ctrl_c_ends_with_code_130_and_the_run_can_go_on(data, tmp_path):
     command = pretrain(tmp_path, data, "--train.epochs=20", "--train.checkpoint_every=2")
     process = start(command)
@@ -278,16 +215,6 @@ def test_a_run_of_a_version_without_an_option_goes_on(data, tmp_path):
     code, _, err = finish(start(pretrain(tmp_path, data, "--train.epochs=2")))
     assert code == 2
     assert "was written by another version of Twinview" in err
-
-
-def test_a_damaged_checkpoint_is_refused_by_name(data, tmp_path):
-    assert_done(start(pretrain(tmp_path, data, "--train.epochs=2")))
-    path = latest_checkpoint(tmp_path / "run")
-    path.write_bytes(path.read_bytes()[:-100])
-    code, _, err = finish(start(pretrain(tmp_path, data, "--train.epochs=2")))
-    assert code == 2
-    assert f"error: {path}" in err
-    assert "Traceback" not in err
 
 
 def test_a_diverged_run_says_so(data, tmp_path):

@@ -17,12 +17,14 @@ import torch
 from torch import Tensor, nn
 
 from model.build import build_method
+from model.resnet import EncoderConfig, ResNet
 from pipelines.augment import center_recipe
 from pipelines.batch import Loader
 from pipelines.beton import open_beton
 from pipelines.build import DataConfig, build_loader
 from train.checkpoint import Checkpoint
 from train.config import PretrainConfig, config_from_dict
+from train.initial_encoder import Weights, check_fits, encoder_weights
 
 Representation = Literal["learned", "random", "pixels"]
 
@@ -40,24 +42,48 @@ class Features:
     labels: Tensor
 
 
-def build_encoder(representation: Representation, checkpoint: Checkpoint) -> nn.Module:
+def build_encoder(
+    representation: Representation,
+    checkpoint: Checkpoint,
+    *,
+    weights: Weights = "live",
+    source: Path = Path("the checkpoint"),
+) -> nn.Module:
     """What maps views [N, 3, H, W] to representations [N, D], in evaluation mode on the CPU.
 
     `random` is the network that the checkpoint's run started from, but for the residual branches, which SimCLR closes
     at the start (γ = 0) and which are open here: a far stronger baseline, and so the fairer one.
 
+    Args:
+        representation: which encoder.
+        checkpoint: of a run, or imported: an encoder alone.
+        weights: of `learned`: those of the last step, or their moving average.
+        source: the checkpoint's file, for messages.
+
     Raises:
-        ValueError: the checkpoint's configuration is of another version.
+        ValueError: the checkpoint's configuration is of another version, or its weights are not those of its encoder.
     """
     if representation == "pixels":
         return nn.Flatten()
     config = config_from_dict(checkpoint.config)
-    method = build_method(config.model, config.seed)
-    if representation == "learned":
-        method.load_state_dict(checkpoint.model)
     if representation == "random":
-        open_residual_branches(method.encoder)
-    return method.encoder.eval()
+        random = build_method(config.model, config.seed).encoder
+        open_residual_branches(random)
+        return random.eval()
+    return load_encoder(config.model.encoder, encoder_weights(checkpoint, weights, source), source)
+
+
+def load_encoder(config: EncoderConfig, weights: dict[str, Tensor], source: Path) -> ResNet:
+    """The encoder with these weights, which it shares, in evaluation mode.
+
+    Raises:
+        ValueError: a tensor is missing, unexpected or of another shape.
+    """
+    with torch.device("meta"):
+        encoder = ResNet(config)
+    check_fits(weights, encoder.state_dict(), source, "its configuration is of another encoder")
+    encoder.load_state_dict(weights, assign=True)
+    return encoder.eval()
 
 
 def open_residual_branches(encoder: nn.Module) -> None:

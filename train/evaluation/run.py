@@ -11,10 +11,11 @@ from typing import Literal
 
 from pipelines.beton import open_beton
 from pipelines.manifest import load_manifest
-from train.checkpoint import latest_checkpoint, load_checkpoint
+from train.checkpoint import load_checkpoint
 from train.config import config_from_dict
 from train.evaluation.features import Features, Representation, build_encoder, represent
 from train.evaluation.few_shot import Accuracies, Protocol, few_shot_accuracy
+from train.initial_encoder import Weights, Which, find_checkpoint, results_dir
 from train.runtime import choose_device, cores_per_rank, keep_freed_memory, read_ranks
 
 
@@ -23,11 +24,15 @@ class EvaluateConfig:
     """What is evaluated, on which data, with how many labels."""
 
     checkpoint: str
-    """A checkpoint, or a run directory, whose latest one is taken."""
+    """A checkpoint of a run or of `tools.import_checkpoint`, or a run directory, in which `which` chooses."""
     train_data: str
     """The `.beton` whose labels are used."""
     test_data: str
     """The `.beton` that accuracy is measured on."""
+    which: Which = "latest"
+    """Of a run directory: the latest checkpoint, or the best by `train.keep_best` (by the loss, where that is none)."""
+    weights: Weights = "live"
+    """Of the checkpoint: those of the last step, or their moving average (`train.ema_decay`)."""
     representation: Representation = "learned"
     """`learned`; `random`: the network that the run started from; `pixels`: none at all."""
     labels_per_class: tuple[int, ...] = ()
@@ -41,7 +46,8 @@ class EvaluateConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto`: a GPU if there is one."""
     output_dir: str | None = None
-    """Where `PROTOCOL-REPRESENTATION.json` is written; by default `evaluation/` in the run directory."""
+    """Where `PROTOCOL-REPRESENTATION.json` is written; by default `evaluation/` in the run directory, or in a folder
+    named as a checkpoint that is in none."""
 
     def __post_init__(self) -> None:
         for name in ("num_seeds", "k", "batch_size"):
@@ -49,6 +55,8 @@ class EvaluateConfig:
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}")
         if any(count < 1 for count in self.labels_per_class):
             raise ValueError(f"`labels_per_class` must be at least 1 each, got {list(self.labels_per_class)}")
+        if self.weights == "average" and self.representation != "learned":
+            raise ValueError(f"`weights` average needs `representation` learned, got {self.representation}")
 
 
 def evaluate(protocols: Sequence[Protocol], config: EvaluateConfig) -> dict[Protocol, Accuracies]:
@@ -60,7 +68,7 @@ def evaluate(protocols: Sequence[Protocol], config: EvaluateConfig) -> dict[Prot
     Raises:
         ValueError: a file is missing, damaged or unlabelled, or a class has too few samples.
     """
-    path = find_checkpoint(Path(config.checkpoint))
+    path = find_checkpoint(Path(config.checkpoint), config.which)
     check_same_classes(config.train_data, config.test_data)
     train, test = _represent_both(path, config)
     results: dict[Protocol, Accuracies] = {}
@@ -89,22 +97,9 @@ def evaluate(protocols: Sequence[Protocol], config: EvaluateConfig) -> dict[Prot
 
 def output_path(protocol: Protocol, config: EvaluateConfig) -> Path:
     """Where the result of a protocol is written."""
-    run_dir = find_checkpoint(Path(config.checkpoint)).parent.parent
-    return Path(config.output_dir or run_dir / "evaluation") / f"{protocol}-{config.representation}.json"
-
-
-def find_checkpoint(path: Path) -> Path:
-    """The checkpoint file that a user means: itself, or the latest of a run directory.
-
-    Raises:
-        ValueError: the directory holds none.
-    """
-    if not path.is_dir():
-        return path
-    latest = latest_checkpoint(path)
-    if latest is None:
-        raise ValueError(f"there is no checkpoint in {path}/checkpoints; train first, or give a checkpoint file")
-    return latest
+    folder = results_dir(find_checkpoint(Path(config.checkpoint), config.which)) / "evaluation"
+    name = "-".join([protocol, config.representation, *(["average"] if config.weights == "average" else [])])
+    return Path(config.output_dir or folder) / f"{name}.json"
 
 
 def _represent_both(path: Path, config: EvaluateConfig) -> tuple[Features, Features]:
@@ -113,7 +108,8 @@ def _represent_both(path: Path, config: EvaluateConfig) -> tuple[Features, Featu
     if device.type == "cpu":
         keep_freed_memory()
     checkpoint = load_checkpoint(path)
-    encoder, trained = build_encoder(config.representation, checkpoint), config_from_dict(checkpoint.config)
+    encoder = build_encoder(config.representation, checkpoint, weights=config.weights, source=path)
+    trained = config_from_dict(checkpoint.config)
     train, test = (
         represent(encoder, data, trained, batch_size=config.batch_size, device=device, num_cores=num_cores)
         for data in (config.train_data, config.test_data)
