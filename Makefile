@@ -4,11 +4,11 @@ SHELL := /bin/bash
 BIN := .venv/bin
 JOBS ?= auto
 FUZZ_CASES ?= 200000
-test test-all bench: export OMP_NUM_THREADS ?= 1
+test test-slow-faults test-all reliability bench: export OMP_NUM_THREADS ?= 1
 # Threads that wait for one another soon sleep, so that a busy machine does not stall them.
 export GOMP_SPINCOUNT ?= 1000
 
-.PHONY: setup setup-dev demo test test-all reliability check bench format lock clean
+.PHONY: setup setup-dev demo test test-slow-faults test-all reliability check bench format lock clean
 
 setup:
 	@tools/setup.sh user
@@ -22,12 +22,15 @@ demo: setup
 test: setup-dev
 	$(BIN)/python -m pytest -n $(JOBS)
 
+test-slow-faults: setup-dev  # the fault tests that `make test` leaves out
+	$(BIN)/python -m pytest -n $(JOBS) -m "slow and not gpu" tests/reliability
+
 test-all: setup-dev  # with the widest sweeps
 	$(BIN)/python -m pytest -n $(JOBS) -m "not gpu"
 
 reliability: setup-dev  # the fault tests, slow ones included, and their table
 	@rm -f runs/reliability.jsonl && mkdir -p runs
-	TWINVIEW_RECORD=$(CURDIR)/runs/reliability.jsonl TWINVIEW_FUZZ_CASES=$(FUZZ_CASES) OMP_NUM_THREADS=1 \
+	TWINVIEW_RECORD=$(CURDIR)/runs/reliability.jsonl TWINVIEW_FUZZ_CASES=$(FUZZ_CASES) \
 	    $(BIN)/python -m pytest -n 2 -m "not gpu" tests/reliability
 	$(BIN)/python -m tests.reliability.record runs/reliability.jsonl > docs/results/reliability.md
 

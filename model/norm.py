@@ -14,6 +14,7 @@ Shapes: N local rows, C channels, L, H × W or D × H × W positions.
 """
 
 import copy
+from datetime import timedelta
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -187,10 +188,11 @@ def set_group(model: nn.Module, group: dist.ProcessGroup | None) -> None:
         norm.group = group
 
 
-def groups_of(size: int) -> dist.ProcessGroup | None:
+def groups_of(size: int, timeout: timedelta | None = None) -> dist.ProcessGroup | None:
     """Divide all ranks into groups of `size` consecutive ones; returns the group that holds this rank.
 
-    All ranks must call. None stands for all ranks: where `size` is 0 or the world size.
+    All ranks must call. None stands for all ranks: where `size` is 0 or the world size. `timeout` is how long they wait
+    for one another; None: torch's default, whatever that of all ranks is.
 
     Raises:
         ValueError: `size` does not divide the world size.
@@ -199,7 +201,7 @@ def groups_of(size: int) -> dist.ProcessGroup | None:
     check_group_size(size, world_size)
     if size in (0, world_size):
         return None
-    own, _ = dist.new_subgroups(size)
+    own, _ = dist.new_subgroups(size, timeout=timeout)
     return own
 
 

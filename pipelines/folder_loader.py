@@ -17,9 +17,11 @@ Legend: N local images, V views, S side of a view.
 from __future__ import annotations
 
 import contextlib
+import signal
 import zlib
 from collections.abc import Iterator
 from functools import cached_property
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +111,9 @@ class FolderLoader:
         batches = range(start_batch, len(self))
         samples = [self._plan.samples(epoch, batch) for batch in batches]
         self._addresses.epoch, self._addresses.samples = epoch, samples
-        for batch, rows, crops in zip(batches, samples, self._data_loader, strict=True):
+        with _stop_signals_blocked():
+            crops_of_batches = iter(self._data_loader)
+        for batch, rows, crops in zip(batches, samples, crops_of_batches, strict=True):
             for position in range(len(rows)):
                 self._replace(crops, epoch, rows, position)
             self._plan.record(epoch, batch)
@@ -177,6 +181,21 @@ class _Addresses:
 
     def __len__(self) -> int:
         return len(self.samples)
+
+
+@contextlib.contextmanager
+def _stop_signals_blocked() -> Iterator[None]:
+    """Processes that start meanwhile never hear of them; this one does afterwards.
+
+    A Ctrl-C, Slurm and torchrun signal whole groups of processes. Who asks a run to stop asks this process, which still
+    needs those that decode for the step that it is in.
+    """
+    resource_tracker.ensure_running()  # at its own start it unblocks signals that were blocked before
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
 
 
 def folder_fingerprint(dataset: CropDataset) -> str:

@@ -8,6 +8,7 @@ and refuses everything else. Tensors are named by their path through the nested 
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from safetensors.torch import load as load_safetensors
 from torch import Tensor
 
 PICKLES = (b"PK\x03\x04", b"\x80")  # torch.save's archives, and what it wrote before version 1.6
+MAX_DEPTH = 32  # of containers in one another; Lightning's checkpoints have a handful
 MOMENTUM_TWINS = re.compile(r"momentum|teacher|target|ema|encoder_k|key", re.IGNORECASE)
 STEMS = {  # the end of the first convolution's name → what must lie beside it
     "conv1.weight": ("bn1.running_mean", "layer4.0.conv1.weight"),
@@ -41,7 +43,9 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         except SafetensorError as error:
             raise ValueError(f"{path} is neither a checkpoint of torch.save nor safetensors, or is damaged") from error
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what is unusual in it; one line is to tell what was found
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # the parser of a file that anyone may have made raises whatever its bytes lead to
         if match := re.search(r"GLOBAL ([\w.]+)|class (\S+) ", str(error)):
             raise ValueError(
@@ -49,16 +53,25 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
                 "where you trust it, and import that"
             ) from error
         raise ValueError(f"{path} is not a checkpoint of torch.save, or is damaged; nothing was loaded") from error
-    return dict(_flatten(content, ""))
+    return dict(_flatten(content, path))
 
 
-def _flatten(content: Any, path: str) -> Iterator[tuple[str, Tensor]]:
-    if isinstance(content, Tensor):
-        yield path.removesuffix("."), content
-    elif isinstance(content, Mapping):
-        for key, value in content.items():
-            if isinstance(key, str):
-                yield from _flatten(value, f"{path}{key}.")
+def _flatten(content: Any, path: Path) -> Iterator[tuple[str, Tensor]]:
+    """In the file's order. A container that stands in several places, or in itself, is read in the first alone."""
+    seen: set[int] = set()
+    waiting: list[tuple[str, int, Any]] = [("", 0, content)]
+    while waiting:
+        name, depth, item = waiting.pop()
+        if isinstance(item, Tensor):
+            yield name.removesuffix("."), item
+        elif isinstance(item, Mapping) and id(item) not in seen:
+            if depth > MAX_DEPTH:
+                raise ValueError(
+                    f"{path} holds containers more than {MAX_DEPTH} deep in one another; save the state_dict alone"
+                )
+            seen.add(id(item))
+            inside = [(f"{name}{key}.", depth + 1, value) for key, value in item.items() if isinstance(key, str)]
+            waiting.extend(reversed(inside))
 
 
 def choose_prefix(names: Mapping[str, Tensor], wanted: str | None, path: Path) -> str:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,6 +61,13 @@ class Normalisation:
     std: tuple[float, float, float] = IMAGENET_STD
     size: int | None = None
     interpolation: Interpolation = "bilinear"
+
+    def __post_init__(self) -> None:
+        if self.size is not None and self.size < 1:
+            raise ValueError(f"`--size` must be at least 1, got {self.size}")
+        for name in ("mean", "std"):
+            if not all(math.isfinite(number) for number in getattr(self, name)):
+                raise ValueError(f"`--{name}` must be finite, got {getattr(self, name)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,7 +172,16 @@ def _map(tensors: Mapping[str, Tensor], layout: Layout, config: EncoderConfig, f
         rest |= {name: torch.tensor(0) for name in counters}
     expected = {layout.theirs(name): tensor for name, tensor in ours.items()}
     check_fits(rest, expected, file, f"it is no ResNet-{config.depth} of width {config.width:g} as it seemed to be")
+    _check_numbers(tensors, file)
     return {name: rest[layout.theirs(name)].contiguous() for name in ours}
+
+
+def _check_numbers(tensors: Mapping[str, Tensor], file: Path) -> None:
+    for name, tensor in tensors.items():
+        is_count = name.endswith("num_batches_tracked") and not tensor.is_complex()
+        if tensor.layout != torch.strided or tensor.is_meta or not (tensor.is_floating_point() or is_count):
+            kind = f"{tensor.dtype}, {tensor.layout}, on {tensor.device}"
+            raise ValueError(f"`{name}` must be a dense tensor of floating-point numbers, got {kind} in {file}")
 
 
 def _compare(

@@ -28,11 +28,16 @@ from train.checkpoint import latest_checkpoint, load_checkpoint
 from train.cli import run
 from train.config import CONFIG_FILE, PretrainConfig, config_from_dict, read_run_config
 from train.metrics import read_metrics
+from train.schedule import size_of_epoch
 
 NUM_SHOWN = 12  # images on the contact sheet
 CURVES = {
     "loss": "NT-Xent loss",
     "contrastive_accuracy": "contrastive accuracy",
+    "probe_accuracy": "accuracy of the online probe",
+    "knn_accuracy": "accuracy of nearest neighbours",
+    "representation_std": "spread of the representations",
+    "projection_rank": "rank of the projections",
     "images_per_sec": "source images a second",
     "data_wait": "share of time waiting for data",
 }
@@ -96,7 +101,7 @@ def _accuracy(run_dir: Path) -> str:
     counts = list(dict.fromkeys(count for record in records for count in record["accuracy"]))
     head = "".join(f"<th>{html.escape(count)}</th>" for count in counts)
     rows = [
-        f"<tr><td>{html.escape(record['protocol'])}, {html.escape(record['representation'])}</td>"
+        f"<tr><td>{html.escape(_measured(record))}</td>"
         + "".join(f"<td>{_percent(record['accuracy'].get(count))}</td>" for count in counts)
         for record in records
     ]
@@ -104,6 +109,11 @@ def _accuracy(run_dir: Path) -> str:
         "<p>Percent of the test set, by labels a class; mean ± standard deviation over subsets of the labels.</p>"
         f'<div class="scroll"><table><tr><th>protocol, representation</th>{head}</tr>{"".join(rows)}</table></div>'
     )
+
+
+def _measured(record: dict[str, Any]) -> str:
+    of_average = ", average of the weights" * (record.get("weights") == "average")
+    return f"{record['protocol']}, {record['representation']}{of_average}"
 
 
 def _percent(figure: dict[str, float] | None) -> str:
@@ -114,10 +124,14 @@ def _curves(run_dir: Path) -> str:
     lines = read_metrics(run_dir) if (run_dir / "metrics.jsonl").exists() else []
     if not lines:
         return "<p>No metrics yet.</p>"
-    return '<div class="curves">' + "".join(_curve(lines, name) for name in CURVES if name in lines[-1]) + "</div>"
+    return '<div class="curves">' + "".join(_curve(lines, name) for name in CURVES) + "</div>"
 
 
 def _curve(lines: list[dict[str, float]], name: str) -> str:
+    """One metric over the lines that have it; nothing where none does."""
+    lines = [line for line in lines if name in line]
+    if not lines:
+        return ""
     with mpl.rc_context({"svg.hashsalt": name, "font.size": 9}):
         figure = Figure(figsize=(4.2, 2.6), layout="constrained")
         axes = figure.subplots()
@@ -145,7 +159,8 @@ def _contact_sheet(config: PretrainConfig) -> str:
         on_error="skip",
     )
     data = open_data(data_config)
-    recipe = build_recipe(config.augment)
+    side = size_of_epoch(config.schedule, 0, config.augment.size)
+    recipe = build_recipe(dataclasses.replace(config.augment, size=side))
     loader = build_loader(
         dataclasses.replace(data_config, global_batch_size=min(NUM_SHOWN, data.num_samples)),
         data,

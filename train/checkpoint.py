@@ -208,7 +208,7 @@ def _read(path: Path, read: TensorReader) -> tuple[dict[str, str], dict[str, Ten
         if _first_bytes(path).startswith(PICKLES):
             raise ValueError(
                 f"{path} is a pickle, as `torch.save` writes it, and not a checkpoint of a Twinview run; pickles can "
-                "run code and are not opened"
+                "run code and are not opened; `python -m tools.import_checkpoint` reads encoders of other programs"
             ) from error
         raise DamagedCheckpoint(_damaged(path, error)) from error
     except OSError as error:

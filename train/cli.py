@@ -153,7 +153,7 @@ def _complain(error: Exception) -> None:
     runs after that has met a fault of its own.
     """
     rank = os.environ.get("RANK", "0")
-    line = " ".join(str(error).split())
+    line = _printable(" ".join(str(error).split()))
     alike = isinstance(error, RunStopped) and error.alike
     if alike and rank != "0":
         time.sleep(HEAD_START_S)
@@ -163,3 +163,8 @@ def _complain(error: Exception) -> None:
         time.sleep(PATIENCE_S)
         differ = True
     print(f"error: rank {rank}: {line}" if differ else f"error: {line}", file=sys.stderr)  # noqa: T201
+
+
+def _printable(text: str) -> str:
+    """With escapes for what moves a terminal's cursor, as names in files that others made may."""
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)

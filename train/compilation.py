@@ -20,6 +20,8 @@ from train.cli import UnfitEnvironment
 
 logger = logging.getLogger(__name__)
 
+MAX_COMPILED = 256  # sizes of the views, each with and without a backward; torch gives up after 8 and says so once
+
 CompileMode = Literal["off", "default", "reduce-overhead", "max-autotune"]
 """`reduce-overhead` and `max-autotune` record CUDA graphs on a GPU."""
 
@@ -38,6 +40,8 @@ def compile_encoder(method: Method, mode: CompileMode) -> None:
     if torch.are_deterministic_algorithms_enabled():
         config = importlib.import_module("torch._inductor.config")
         config.deterministic = True  # type: ignore[attr-defined]  # else kernels are chosen by their time
+    config = importlib.import_module("torch._dynamo.config")
+    config.recompile_limit = max(config.recompile_limit, MAX_COMPILED)  # type: ignore[attr-defined]
     _check_compiler(next(method.parameters()).device)
     encoder = method.encoder
     # A size that changes would otherwise be compiled as unknown from its second value on, into slower code.
@@ -49,6 +53,10 @@ def compile_encoder(method: Method, mode: CompileMode) -> None:
         return output
 
     encoder.forward = compiled if mode == "default" else forward  # type: ignore[method-assign]
+    if mode != "default":
+        for parameter in encoder.parameters():
+            # Else `parameter.grad` becomes the graph's own memory, and the next micro-batch writes over it.
+            parameter.register_hook(torch.clone)  # type: ignore[no-untyped-call]
 
 
 def _check_compiler(device: torch.device) -> None:

@@ -8,7 +8,7 @@ run directory belongs to one configuration.
 from __future__ import annotations
 
 import math
-import os
+import secrets
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -134,10 +134,8 @@ class TrainConfig:
             )
         if self.micro_batch_size is not None and self.micro_batch_size < 1:
             raise ValueError(f"`train.micro_batch_size` must be null or at least 1, got {self.micro_batch_size}")
-        if not 0.0 <= self.hang_timeout_s < math.inf:
-            raise ValueError(
-                f"`train.hang_timeout_s` must be finite and not negative, got {self.hang_timeout_s}; 0: off"
-            )
+        if not 0.0 <= self.hang_timeout_s <= 1e9:  # what torch.distributed takes ends soon above
+            raise ValueError(f"`train.hang_timeout_s` must be from 0 to 1e9, got {self.hang_timeout_s}; 0: off")
         if not 0.0 <= self.ema_decay < 1.0:
             raise ValueError(
                 f"`train.ema_decay` must be in [0, 1), got {self.ema_decay}; usual: 0.99 to 0.9999; 0: none"
@@ -339,7 +337,7 @@ def claim_run_dir(config: PretrainConfig) -> None:
         config.run_dir.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
         raise ValueError(f"`runs_dir` must be a folder, found a file at {error.filename}; name another") from error
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    temporary = path.with_suffix(f".{secrets.token_hex(8)}.tmp")  # not the process's number: hosts share the folder
     temporary.write_text(yaml.safe_dump(resolved_dict(config), sort_keys=False))
     temporary.replace(path)
 

@@ -5,7 +5,8 @@ what can differ out of the way:
 
 - torch and cuDNN take algorithms that add in a fixed order; an operation that has none raises, see `explain`;
 - cuBLAS shares no workspace between streams (NVIDIA's cuBLAS documentation, "Results Reproducibility");
-- NCCL adds on the GPUs, in an order that its topology fixes, not in the switch (NVLS), as in NVIDIA's Megatron-LM.
+- NCCL adds on the GPUs, in an order that its topology fixes, not in the switch (NVLS, and NVLSTree, its form
+  for several machines), as in NVIDIA's Megatron-LM.
 
 Our own kernels, Triton's and Numba's, use no atomic additions: every sum is taken by one program or thread in one
 order, or in parts that are added up in one. Memory that is allocated and not yet written is not filled with NaN, as
@@ -39,7 +40,7 @@ def make_deterministic() -> None:
             f"`train.deterministic` needs {CUBLAS_VARIABLE} to be {' or '.join(CUBLAS_CHOICES)}, "
             f"got {os.environ[CUBLAS_VARIABLE]}; unset it"
         )
-    os.environ.setdefault(NCCL_VARIABLE, "^NVLS")
+    os.environ.setdefault(NCCL_VARIABLE, "^NVLS,NVLSTree")
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cudnn.deterministic = True

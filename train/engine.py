@@ -40,8 +40,13 @@ def init_process_group(device: torch.device, hang_timeout_s: float = 0.0) -> Non
         dist_backend="nccl" if device.type == "cuda" else "gloo",
         auto_mpi_discovery=False,
         verbose=False,
-        timeout=timedelta(seconds=max(COLLECTIVE_TIMEOUT_S, WATCHDOG_FIRST * hang_timeout_s)),
+        timeout=collective_timeout(hang_timeout_s),
     )
+
+
+def collective_timeout(hang_timeout_s: float) -> timedelta:
+    """How long ranks wait for one another, for every group: torch gives each new one its own default otherwise."""
+    return timedelta(seconds=max(COLLECTIVE_TIMEOUT_S, WATCHDOG_FIRST * hang_timeout_s))
 
 
 class Engine:

@@ -8,6 +8,7 @@ one number in a gloo group of its own, which runs during the next step and is re
 from __future__ import annotations
 
 import signal
+from datetime import timedelta
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -34,10 +35,15 @@ class Interruption:
         self._group: Any = None  # `new_group` may give a mark in place of a group
         self._heard: tuple[torch.Tensor, dist.Work] | None = None
 
-    def begin(self, ranks: Ranks) -> None:
-        """From now on there is something to save. All ranks must call."""
+    def begin(self, ranks: Ranks, timeout: timedelta | None = None) -> None:
+        """From now on there is something to save. All ranks must call.
+
+        Args:
+            ranks: of this process.
+            timeout: how long they wait for one another; None: torch's default.
+        """
         if ranks.world_size > 1:
-            self._group = dist.new_group(backend="gloo")
+            self._group = dist.new_group(backend="gloo", timeout=timeout)
         self._earlier = {number: signal.signal(number, self._take) for number in SIGNALS}
 
     def agreed(self) -> int:

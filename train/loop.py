@@ -80,6 +80,7 @@ class Pretraining:
         self.observation = observation
         self.epoch_means = EpochMeans()
         self._start = (0, 0)  # epoch and batch
+        self._pending: tuple[int, dict[str, float]] | None = None  # an epoch whose end was cut off, and its last line
 
     def restore(self) -> bool:
         """Go to where the run's newest whole checkpoint stands; stay at the start where there is none.
@@ -102,13 +103,15 @@ class Pretraining:
                 "values, or on a number of ranks, that make them as many"
             )
         epoch, batch = self.loaders.load_state_dict(checkpoint.loader)
+        pending = checkpoint.position.get("pending")
+        self._pending = None if pending is None else (epoch, pending)
         self._start = (epoch, batch) if batch < self.steps_per_epoch else (epoch + 1, 0)
         self.engine.load_parameters(checkpoint.model)
         self.engine.load_optimizer_state(checkpoint.optimizer)
         if self.average is not None:
             self.average.load_state_dict(checkpoint.average)
         self.observation.load_state_dict(checkpoint.probe)
-        if batch < self.steps_per_epoch:
+        if batch < self.steps_per_epoch or pending is not None:
             self.epoch_means.load_state_dict(checkpoint.position.get("epoch_means", {}))
         self.step = checkpoint.position["step"]
         logger.info("resuming from %s: epoch %d, batch %d", path, *self._start)
@@ -120,8 +123,9 @@ class Pretraining:
         Raises:
             ValueError: some ranks do not see the run directory that the others see.
         """
-        mean = self.engine.mean_over_ranks({"step": torch.tensor(float(self.step))})["step"]
-        if mean != self.step:
+        step = torch.tensor(self.step, dtype=torch.float64)
+        mean = self.engine.mean_over_ranks({"step": step})["step"]
+        if self.engine.mean_over_ranks({"alike": step == mean})["alike"] != 1.0:  # on all: one rank may be the mean
             raise ValueError(
                 f"all ranks must resume from one checkpoint, got step {self.step} on rank {self.ranks.rank} and "
                 f"{mean:g} on average; put `runs_dir` on a file system that all machines share"
@@ -151,6 +155,8 @@ class Pretraining:
             ) as self._saver,
             self.console.start(num_epochs=config.train.epochs, total_steps=self.total_steps),
         ):
+            if self._pending is not None:
+                self._end_epoch_again(*self._pending)
             first_epoch, first_batch = self._start
             for epoch in range(first_epoch, config.train.epochs):
                 self._run_epoch(epoch, first_batch if epoch == first_epoch else 0)
@@ -175,11 +181,13 @@ class Pretraining:
             line: dict[str, float] = {}
             if saving or self.step % train.log_every == 0:  # no checkpoint without a look at the loss
                 line = {"epoch": epoch, "lr": lr} | self._measure(metrics) | watch.read()
-                line |= self._evaluate(epoch) if ended else {}
+            if ended:
+                line = self._evaluate(epoch, line)
+            if line:
                 self._write(epoch, line)
             signal = self.interruption.agreed()
             if saving or signal:
-                self._save(epoch, ended=ended, line=line)
+                self._save(epoch, scores=self._scores(line) if ended else None)
             if signal and self.step < self.total_steps:
                 self._stop(signal)
 
@@ -213,9 +221,22 @@ class Pretraining:
         means = self.engine.mean_over_ranks(metrics)
         return means | self.observation.measure(self.engine.projections, step=self.step)
 
-    def _evaluate(self, epoch: int) -> dict[str, float]:
+    def _evaluate(self, epoch: int, line: dict[str, float]) -> dict[str, float]:
+        """The line of an epoch's last step, with what is measured after it.
+
+        What is trained is saved before, since that can take long, or fail; a resume then begins with this.
+        """
+        if not self.observation.evaluates_after(epoch):
+            return line
+        self._save(epoch, pending=line)
         self.watchdog.beat(self.step, "evaluating")
-        return self.observation.after_epoch(epoch, beat=lambda: self.watchdog.beat(self.step, "evaluating"))
+        return line | self.observation.after_epoch(epoch, beat=lambda: self.watchdog.beat(self.step, "evaluating"))
+
+    def _end_epoch_again(self, epoch: int, line: dict[str, float]) -> None:
+        """Do what was to be done after the last step of an epoch when the run was cut off."""
+        line = self._evaluate(epoch, line)
+        self._write(epoch, line)
+        self._save(epoch, scores=self._scores(line))
 
     def _write(self, epoch: int, line: dict[str, float]) -> None:
         self._writer.write(self.step, line)
@@ -229,8 +250,16 @@ class Pretraining:
         self.engine.barrier()  # a launcher ends all ranks as soon as one has left
         raise stopped(signal, self.step)
 
-    def _save(self, epoch: int, *, ended: bool, line: dict[str, float]) -> None:
-        """Write a checkpoint on rank 0; the state is the same on all ranks, which must all call."""
+    def _save(
+        self, epoch: int, *, scores: dict[str, float] | None = None, pending: dict[str, float] | None = None
+    ) -> None:
+        """Write a checkpoint on rank 0; the state is the same on all ranks, which must all call.
+
+        Args:
+            epoch: that the last step was in.
+            scores: at the end of an epoch; None: within one.
+            pending: the line of an epoch's last step, where it is not complete yet.
+        """
         self.watchdog.beat(self.step, "saving a checkpoint")
         self.engine.check_finite()
         optimizer_state = self.engine.optimizer_state()
@@ -240,8 +269,9 @@ class Pretraining:
             "step": self.step,
             "norm_batch_size": self.norm_batch_size,
             "epoch": epoch,
-            "epoch_ended": ended,
-            "scores": self._scores(line) if ended else {},
+            "epoch_ended": scores is not None,
+            "scores": scores or {},
+            "pending": pending,
             "epoch_means": self.epoch_means.state_dict(),
         }
         self._saver.save(

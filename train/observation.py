@@ -71,10 +71,15 @@ class Observation:
             return {}
         return self._collapse.measure(self._representations, projections, step=step)
 
+    def evaluates_after(self, epoch: int) -> bool:
+        """Whether `after_epoch` has something to do."""
+        return self._neighbours is not None and (epoch + 1) % self._config.online.knn_every_epochs == 0
+
     def after_epoch(self, epoch: int, *, beat: Callable[[], None]) -> dict[str, float]:
         """Metrics at the end of an epoch, from 0. All ranks must call; `beat` is called now and then."""
-        if self._neighbours is None or (epoch + 1) % self._config.online.knn_every_epochs:
+        if not self.evaluates_after(epoch):
             return {}
+        assert self._neighbours is not None
         return nearest_neighbours(
             self._method.encoder,
             self._neighbours,

@@ -41,7 +41,7 @@ from train.config import (
     parse_pretrain_config,
 )
 from train.determinism import allow_fastest, make_deterministic
-from train.engine import Engine, init_process_group
+from train.engine import Engine, collective_timeout, init_process_group
 from train.initial_encoder import load_initial_encoder
 from train.interruption import Interruption
 from train.loaders import EpochLoaders
@@ -54,6 +54,7 @@ from train.optim.lars import LARS
 from train.optim.lars_backends import check_backend
 from train.optim.param_groups import param_groups
 from train.preflight import preflight
+from train.run_lock import locked_run_dir
 from train.runtime import (
     Ranks,
     choose_device,
@@ -160,7 +161,10 @@ def _train(checked: Checked, loaders: EpochLoaders, interruption: Interruption) 
     preflight(ranks, config=config, data_identity=loaders.identity())
     claim_run_dir(config)
     console = configure_logging(config.run_dir, ranks)
-    with Watchdog(ranks, timeout_s=timeout_s, log_file=log_path(config.run_dir, ranks)) as watchdog:
+    with (
+        locked_run_dir(config.run_dir, enabled=ranks.rank == 0),
+        Watchdog(ranks, timeout_s=timeout_s, log_file=log_path(config.run_dir, ranks)) as watchdog,
+    ):
         try:
             watchdog.beat(0, "building the engine")
             engine = _build_engine(config, method, ranks, checked.device)
@@ -173,7 +177,7 @@ def _train(checked: Checked, loaders: EpochLoaders, interruption: Interruption) 
                 neighbours=checked.neighbours,
                 warmup_steps=checked.warmup_steps,
             )
-            interruption.begin(ranks)
+            interruption.begin(ranks, collective_timeout(timeout_s))
             pretraining = Pretraining(
                 config,
                 method,
@@ -208,7 +212,7 @@ def _build_method(config: PretrainConfig) -> Method:
 
 def _build_engine(config: PretrainConfig, method: Method, ranks: Ranks, device: torch.device) -> Engine:
     train = config.train
-    set_group(method, groups_of(config.model.norm_group_size))
+    set_group(method, groups_of(config.model.norm_group_size, collective_timeout(train.hang_timeout_s)))
     if train.activation_checkpointing:
         checkpoint_activations(method.encoder)
     compile_encoder(method.to(device), train.compile)

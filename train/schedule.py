@@ -32,8 +32,9 @@ WARMUP_EPOCHS = 10.0  # SimCLR v1, section 2.3
 class ScheduleConfig:
     """How the learning rate, and the side of the views, move during a run."""
 
-    warmup_epochs: float = WARMUP_EPOCHS
-    """Epochs of linear warm-up from 0 to the peak rate (SimCLR v1, section 2.3: 10); then the decay."""
+    warmup_epochs: float | None = WARMUP_EPOCHS
+    """Epochs of linear warm-up from 0 to the peak rate (SimCLR v1, section 2.3: 10); then the decay. null where
+    `warmup_steps` takes the place of a configuration file's epochs."""
     warmup_steps: int | None = None
     """The warm-up's length in steps, instead of epochs; null: `warmup_epochs` counts."""
     decay: Decay = "cosine"
@@ -46,7 +47,11 @@ class ScheduleConfig:
     [[0, 160], [60, 192], [80, 224]]. The last side is `augment.size`. null: that one throughout."""
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.warmup_epochs < math.inf:
+        if self.warmup_epochs is None and self.warmup_steps is None:
+            raise ValueError(
+                "`schedule.warmup_epochs` and `schedule.warmup_steps` must not both be null; 0: no warm-up"
+            )
+        if self.warmup_epochs is not None and not 0.0 <= self.warmup_epochs < math.inf:
             raise ValueError(
                 f"`schedule.warmup_epochs` must be finite and not negative, got {self.warmup_epochs}; use 0 for none"
             )
@@ -54,10 +59,10 @@ class ScheduleConfig:
             raise ValueError(
                 f"`schedule.warmup_steps` must be null or not negative, got {self.warmup_steps}; use 0 for none"
             )
-        if self.warmup_steps is not None and self.warmup_epochs != WARMUP_EPOCHS:
+        if self.warmup_steps is not None and self.warmup_epochs not in (None, WARMUP_EPOCHS):
             raise ValueError(
                 "`schedule.warmup_epochs` and `schedule.warmup_steps` must not both be given, "
-                f"got {self.warmup_epochs:g} and {self.warmup_steps}; leave one out"
+                f"got {self.warmup_epochs:g} and {self.warmup_steps}; set one of them to null"
             )
         for name, choices in (("decay", ("cosine", "linear", "constant")), ("every", ("step", "epoch"))):
             if getattr(self, name) not in choices:
@@ -72,10 +77,10 @@ def num_warmup_steps(config: ScheduleConfig, *, steps_per_epoch: int, total_step
     Raises:
         ValueError: the warm-up leaves no step of the run for the decay.
     """
-    if config.warmup_steps is None:
+    name, given, steps = "warmup_steps", float(config.warmup_steps or 0), config.warmup_steps
+    if steps is None:
+        assert config.warmup_epochs is not None
         name, given, steps = "warmup_epochs", config.warmup_epochs, round(config.warmup_epochs * steps_per_epoch)
-    else:
-        name, given, steps = "warmup_steps", config.warmup_steps, config.warmup_steps
     if steps >= total_steps:
         in_steps = f" ({steps} steps)" if config.warmup_steps is None else ""
         raise ValueError(

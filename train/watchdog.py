@@ -17,11 +17,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO
 
-from train.cli import EXIT_RESUMABLE, HEAD_START_S, RunFailed, RunInterrupted, RunStopped
+from train.cli import EXIT_FAILED, EXIT_RESUMABLE, HEAD_START_S, RunFailed, RunInterrupted, RunStopped
 from train.heartbeats import Heartbeats, Standing, is_of_a_collective, seconds_between
 from train.runtime import Ranks
 
 AGAIN = "the same command goes on from the last checkpoint"
+DONE = "it was done"
 LATE = 5  # looks missed in a row: this process itself was stopped, or its host was
 MISSED = 3  # messages missed in a row: a rank that the others cannot reach is gone
 PATIENCE = 12  # messages to wait for, until it shows who is gone
@@ -133,7 +134,7 @@ class Watchdog:
     def _say_farewell(self, heartbeats: Heartbeats, error: BaseException | None) -> None:
         """Tell the others why this rank leaves, before they miss it."""
         if error is None:
-            self._left = "it was done"
+            self._left = DONE
         else:
             self._left = " ".join(str(error).split()) or type(error).__name__
             self._resumable = isinstance(error, (RunInterrupted, KeyboardInterrupt))
@@ -165,7 +166,7 @@ class Watchdog:
 
     def _give_up(self) -> None:
         """Without a lock that the hung thread may hold, logging's among them."""
-        to_blame, line = self._verdict()
+        to_blame, line, code = self._verdict()
         assert self._file is not None
         others = [rank for rank in range(self._ranks.world_size) if rank not in to_blame]
         speaks = self._ranks.rank == min(others or to_blame)
@@ -175,10 +176,10 @@ class Watchdog:
         faulthandler.dump_traceback(self._file)
         if not speaks:
             time.sleep(HEAD_START_S)  # else the launcher may end the speaker first
-        os._exit(EXIT_RESUMABLE)
+        os._exit(code)
 
-    def _verdict(self) -> tuple[list[int], str]:
-        """The ranks that hold up the others, and the line that says so."""
+    def _verdict(self) -> tuple[list[int], str, int]:
+        """The ranks that hold up the others, the line that says so, and the code to exit with."""
         ours = self._standing()
         where = {self._ranks.rank: ours}
         to_blame: list[int] = []
@@ -191,16 +192,21 @@ class Watchdog:
             told = f"at step {first.step}, {first.doing}, for {first.seconds:.0f} s"
             if first.left:
                 told = f"it left at step {first.step}: {first.left}"
+        stacks = f"Stacks of all threads are in {self._log_file}"
+        waits = ""
+        if self._ranks.rank not in to_blame:
+            waits = f"; rank {self._ranks.rank} waited {ours.seconds:.0f} s at step {ours.step}, {ours.doing}"
+        for rank in to_blame:
+            if not where.get(rank, ours).resumable:
+                stopped = f"rank {rank} stopped at step {where[rank].step}: {where[rank].left}"
+                return [rank], f"{stopped}{waits}. {stacks}", EXIT_FAILED
         if self._ranks.world_size == 1:
             who = "the run has"
         elif len(to_blame) == self._ranks.world_size:
             who = "all ranks have"
         else:
             who = f"rank {to_blame[0]} has" if len(to_blame) == 1 else f"ranks {', '.join(map(str, to_blame))} have"
-        waits = ""
-        if self._ranks.rank not in to_blame:
-            waits = f"; rank {self._ranks.rank} waited {ours.seconds:.0f} s at step {ours.step}, {ours.doing}"
-        return to_blame, f"{who} hung: {told}{waits}. Stacks of all threads are in {self._log_file}; {AGAIN}"
+        return to_blame, f"{who} hung: {told}{waits}. {stacks}; {AGAIN}", EXIT_RESUMABLE
 
     def _silent(self, heartbeats: Heartbeats) -> tuple[list[int], str]:
         """The ranks that are not heard of any more, and since when."""
@@ -218,12 +224,12 @@ class Watchdog:
 
 
 def last_ranks(where: dict[int, Standing]) -> list[int]:
-    """The ranks that stand furthest back, or that left: the others wait for them."""
-    gone = [rank for rank, standing in where.items() if standing.left]
+    """The ranks that stand furthest back, or that left before they were done: the others wait for them."""
+    gone = [rank for rank, standing in where.items() if standing.left not in ("", DONE)]
     if gone:
         return sorted(gone)
-    furthest_back = min((standing.step, standing.phase) for standing in where.values())
-    return sorted(rank for rank, standing in where.items() if (standing.step, standing.phase) == furthest_back)
+    here = {rank: (standing.step, standing.phase) for rank, standing in where.items() if not standing.left}
+    return sorted(rank for rank, place in here.items() if place == min(here.values()))
 
 
 def _cause(error: BaseException) -> str:

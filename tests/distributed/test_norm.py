@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+from datetime import timedelta
 from unittest.mock import patch
 
 import pytest
@@ -207,6 +208,8 @@ def check_groups(rank):
     pairs, alone = groups_of(2), groups_of(1)
     assert dist.get_process_group_ranks(pairs) == [[0, 1], [2, 3]][rank // 2]
     assert dist.get_process_group_ranks(alone) == [rank]
+    patient = groups_of(2, timedelta(hours=3))._get_backend(torch.device("cpu"))
+    assert patient.options._timeout == timedelta(hours=3)
 
     x, dy = data((CHANNELS, 5, 3), torch.float64)
     members = slice(0, sum(ROWS[:2])) if rank < 2 else slice(sum(ROWS[:2]), None)

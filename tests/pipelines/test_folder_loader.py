@@ -4,6 +4,7 @@ import logging
 import multiprocessing
 import os
 import shutil
+import signal
 import tarfile
 from pathlib import Path
 
@@ -151,6 +152,20 @@ def test_processes_do_not_change_the_batches(make_loader):
     assert len(set(multiprocessing.active_children()) - before) == 2
     several.close()
     assert set(multiprocessing.active_children()) <= before
+
+
+def test_processes_do_not_hear_who_asks_the_run_to_stop(make_loader):
+    """A Ctrl-C, and Slurm, signal all of a rank's processes; the rank goes on to the end of its step."""
+    before = set(multiprocessing.active_children())
+    batches = make_loader(num_workers=1, batches_ahead=1).epoch(0)
+    next(batches)
+    (child,) = set(multiprocessing.active_children()) - before
+    masks = dict(line.split(":\t") for line in Path(f"/proc/{child.pid}/status").read_text().splitlines())
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        os.kill(child.pid, number)
+        assert int(masks["SigBlk"], 16) >> (number - 1) & 1
+    next(batches)
+    assert not signal.pthread_sigmask(signal.SIG_BLOCK, ()) & {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1}
 
 
 @pytest.mark.parametrize("world_size", [2, 4])

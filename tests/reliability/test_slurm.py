@@ -48,13 +48,13 @@ def runs_dir(tmp_path):
     kill_stragglers(tmp_path / "runs")
 
 
-def submit(cluster, runs_dir, data, *options, name="run", sbatch=()):
+def submit(cluster, runs_dir, data, *options, name="run", sbatch=(), variables=None):
     """A job of two ranks; returns its number."""
     return cluster.command(
         *("sbatch", "--parsable", "--ntasks-per-node=2", "--gpus-per-node=0", f"--chdir={ROOT}"),
         *(f"--output={log_of(runs_dir, name)}", *sbatch),
         *(SCRIPT, runs_dir, name, f"--data.path={data}", *TINY, *options),
-        environment=environment() | {"PYTHON": sys.executable},
+        environment=environment() | {"PYTHON": sys.executable} | (variables or {}),
     )
 
 
@@ -119,11 +119,22 @@ def test_a_job_told_to_end_and_put_back_goes_on_bit_for_bit(cluster, data, runs_
     )
 
 
-def check_bad_input_is_not_tried_again(cluster, job, runs_dir):
-    wait_for_state(cluster, job, "FAILED", runs_dir, "unfit")
+def check_bad_input_is_not_tried_again(cluster, job, runs_dir, name="unfit"):
+    wait_for_state(cluster, job, "FAILED", runs_dir, name)
     known = cluster.job(job)
     assert (known["ExitCode"], known["Restarts"]) == ("2:0", "0")
-    assert "error: " in log_of(runs_dir, "unfit").read_text()
+    assert "error: " in log_of(runs_dir, name).read_text()
+
+
+def test_what_one_rank_alone_refuses_is_not_tried_again(cluster, data, runs_dir):
+    """The other, which waits for it, is killed."""
+    python = runs_dir.parent / "python.sh"
+    lacking = f'((SLURM_PROCID == 1)) && set -- "$@" --data.path={runs_dir}/nothing.beton'
+    python.write_text(f'#!/bin/bash\n{lacking}\nexec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    job = submit(cluster, runs_dir, data, name="lacking", variables={"PYTHON": str(python), "SLURM_WAIT": "5"})
+    check_bad_input_is_not_tried_again(cluster, job, runs_dir, "lacking")
+    assert "task 0: " in log_of(runs_dir, "lacking").read_text()
 
 
 @pytest.mark.slow

@@ -12,9 +12,9 @@ from train.checkpoint import checkpoint_path, latest_checkpoint, load_checkpoint
 from train.metrics import METRICS_FILE
 
 NUM_IMAGES, BATCH_SIZE = 160, 16
-STEPS = 40  # 4 epochs of 10 batches of 16
+STEPS = 80  # 8 epochs of 10 batches of 16
 OPTIONS = (  # everything whose state must survive, on two ranks
-    "--train.epochs=4",
+    "--train.epochs=8",
     "--train.ema_decay=0.9",
     "--train.micro_batch_size=4",
     "--train.zero_stage=2",

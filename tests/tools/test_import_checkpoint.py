@@ -5,6 +5,7 @@ solo-learn is not installed here: its checkpoints are laid out as its published 
 
 import hashlib
 import json
+import math
 import os
 import re
 import sys
@@ -348,6 +349,49 @@ def test_damaged_and_foreign_files_get_one_line(tmp_path):
     import_checkpoint(file, out)
     assert refusal(file, out).startswith(f"{out} exists; name another")
     assert "`--depth` must be that of" in refusal_of_depth(file, tmp_path / "y")
+
+
+def test_tensors_that_are_no_numbers_in_memory_get_one_line(tmp_path):
+    file, whole = tmp_path / "file.pth", torchvision_resnet().state_dict()
+    name = "layer1.0.conv1.weight"
+    for change in (
+        lambda tensor: tensor.to_sparse(),
+        lambda tensor: tensor.to("meta"),
+        lambda tensor: tensor.to(torch.complex64),
+        lambda tensor: tensor.to(torch.int32),
+    ):
+        torch.save(whole | {name: change(whole[name])}, file)
+        assert refusal(file, tmp_path / "x").startswith(
+            f"`{name}` must be a dense tensor of floating-point numbers, got "
+        )
+
+
+def test_containers_in_themselves_and_in_one_another_cost_nothing(tmp_path):
+    file, whole = tmp_path / "file.pth", torchvision_resnet().state_dict()
+    doubled = {}
+    for _ in range(30):  # 2³⁰ ways to its end
+        doubled = {"left": doubled, "right": doubled}
+    around = dict(whole) | {"doubled": doubled}
+    around["again"] = around
+    torch.save(around, file)
+    import_checkpoint(file, tmp_path / "ours.safetensors")
+    deep = whole
+    for _ in range(100):
+        deep = {"in": deep}
+    torch.save(deep, file)
+    assert (
+        refusal(file, tmp_path / "x")
+        == f"{file} holds containers more than 32 deep in one another; save the state_dict alone"
+    )
+
+
+def test_bad_normalisation_is_refused():
+    for options, words in (
+        ({"size": 0}, "`--size` must be at least 1, got 0"),
+        ({"mean": (math.nan, 0, 0)}, "`--mean`"),
+    ):
+        with pytest.raises(ValueError, match=f"^{words}"):
+            module.Normalisation(**options)
 
 
 def refusal_of_depth(file, out):

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch._dynamo
+from torch import nn
 
 from model.activation_checkpointing import checkpoint_activations
 from model.build import ModelConfig, build_method
@@ -75,6 +76,62 @@ def test_other_modes_with_recomputed_activations(mode):
     compiled = make(checkpointed=True)
     compile_encoder(compiled, mode)
     compare(compiled, make(), (8, 12, 16, 8))
+
+
+class _Replayed(torch.autograd.Function):
+    """Puts each gradient where the last one was, as the replay of a CUDA graph does."""
+
+    @staticmethod
+    def forward(ctx, weight, memory):
+        ctx.memory = memory
+        return weight.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return ctx.memory.copy_(grad).detach(), None
+
+
+class _GraphLike(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(2))
+        self.memory = torch.zeros(2)
+
+    def forward(self, x):
+        return x * _Replayed.apply(self.weight, self.memory)
+
+
+@pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune"])
+def test_gradients_of_micro_batches_add_up_where_a_graph_writes_over_them(monkeypatch, mode):
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    method = nn.Module()
+    method.encoder = _GraphLike()
+    compile_encoder(method, mode)
+    for x in ([1.0, 2.0], [10.0, 20.0], [100.0, 200.0]):
+        method.encoder(torch.tensor(x)).sum().backward()
+    assert method.encoder.weight.grad.tolist() == [111.0, 222.0]
+
+
+def test_every_side_of_a_growing_run_is_compiled(monkeypatch):
+    """With micro-batches twice: once without a graph for the backward."""
+    compiled, compile_with = [], torch.compile
+
+    def count(graph, inputs):
+        compiled.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(
+        torch, "compile", lambda function, **options: compile_with(function, backend=count, dynamic=False)
+    )
+    method = nn.Module()
+    method.encoder = nn.Conv2d(3, 2, 3)
+    compile_encoder(method, "default")
+    compiled.clear()
+    for side in range(8, 17):
+        for grad in (False, True):
+            with torch.set_grad_enabled(grad):
+                method.encoder(torch.zeros(1, 3, side, side))
+    assert len(compiled) == 2 * 9
 
 
 def test_off_leaves_the_encoder_as_it_is():

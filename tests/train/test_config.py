@@ -1,5 +1,8 @@
 """Configuration: files and overrides, what is refused and how it is said."""
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import yaml
 
@@ -39,6 +42,10 @@ def test_what_is_written_is_read_back():
         ([*MINIMAL, "--augment.blur_prob=x"], "`augment.blur_prob` must be of type float, or null, got x"),
         ([*MINIMAL, "--augment.mean=0.5"], r"`augment.mean` must be a list such as \[1, 2\], got 0.5"),
         ([*MINIMAL, "--train.epoch=3"], "there is no option `train.epoch`; did you mean `train.epochs`?"),
+        (
+            [*MINIMAL, "--train.hang_timeout_s=1e300"],
+            "`train.hang_timeout_s` must be from 0 to 1e9, got 1e\\+300; 0: off",
+        ),
         ([*MINIMAL, "--train.epochs=0"], "`train.epochs` must be at least 1, got 0"),
         ([*MINIMAL, "--data.global_batch_size=1"], "`data.global_batch_size` must be at least 2, got 1"),
         ([*MINIMAL, "--seed=-1"], "`seed` must be from 0 to"),
@@ -108,3 +115,19 @@ def test_a_file_in_the_place_of_the_runs_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="`runs_dir` must be a folder, found a file at"):
         claim_run_dir(parse_pretrain_config([*MINIMAL, f"--runs_dir={tmp_path}/file"]))
+
+
+def test_ranks_of_one_number_on_several_machines_claim_a_directory_at_once(tmp_path):
+    """As in containers, where processes are numbered alike."""
+    for trial in range(30):
+        config = parse_pretrain_config([*MINIMAL, f"--runs_dir={tmp_path}", f"--name=run{trial}"])
+        barrier = threading.Barrier(4)
+
+        def claim(config=config, barrier=barrier):
+            barrier.wait()
+            claim_run_dir(config)
+
+        with ThreadPoolExecutor(4) as pool:
+            for claimed in [pool.submit(claim) for _ in range(4)]:
+                claimed.result()
+        assert [path.name for path in config.run_dir.iterdir()] == ["config.yaml"]

@@ -37,7 +37,7 @@ def test_everything_is_set():
     assert not torch.backends.cudnn.benchmark
     assert not torch.utils.deterministic.fill_uninitialized_memory
     assert os.environ[CUBLAS_VARIABLE] == ":4096:8"
-    assert os.environ[NCCL_VARIABLE] == "^NVLS"
+    assert os.environ[NCCL_VARIABLE] == "^NVLS,NVLSTree"
 
 
 def test_what_the_user_chose_stays_if_it_is_reproducible(monkeypatch):

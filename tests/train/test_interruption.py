@@ -2,8 +2,10 @@
 
 import os
 import signal
+from datetime import timedelta
 
 import pytest
+import torch
 
 from tests.distributed.ranks import run_ranks
 from train.cli import EXIT_INTERRUPTED, EXIT_RESUMABLE
@@ -75,7 +77,8 @@ def steps_until_agreed(rank, world_size, signalled):
     """
     ranks = Ranks(rank=rank, world_size=world_size, local_rank=rank, local_world_size=world_size)
     with Interruption() as interruption:
-        interruption.begin(ranks)
+        interruption.begin(ranks, timedelta(hours=3))
+        assert interruption._group._get_backend(torch.device("cpu")).options._timeout == timedelta(hours=3)
         for step in range(1, 100):
             if signalled.get(rank, (0, 0))[0] == step:
                 send(signalled[rank][1])

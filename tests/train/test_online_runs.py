@@ -20,8 +20,10 @@ PROBE, COLLAPSE = {"probe_loss", "probe_accuracy"}, {"representation_std", "proj
 def root(tmp_path_factory):
     """Two labelled sets, a run `bare`, a run `watched`, and `resumed`: the latter's first epoch, gone on with."""
     root = tmp_path_factory.mktemp("online")
-    for name, count in (("train", 16 * STEPS_PER_EPOCH), ("test", 30)):
-        make_beton(root / name, [(24, 20)] * count, encode="raw", num_classes=4)
+    for name, count, encode in (("train", 16 * STEPS_PER_EPOCH, "raw"), ("test", 30, "jpeg")):
+        beton = make_beton(root / name, [(24, 20)] * count, encode=encode, num_classes=4)
+    content, begin = beton.path.read_bytes(), int(beton.offsets[7])
+    (root / "broken.beton").write_bytes(content[:begin] + bytes(100) + content[begin + 100 :])
     common = ["--train.micro_batch_size=8", "--train.keep_checkpoints=9"]
     watching = [
         *common,
@@ -31,11 +33,13 @@ def root(tmp_path_factory):
         f"--online.knn_neighbours={K}",
     ]
     data = root / "train/set.beton"
-    both = [
+    bad = f"--online.test_data={root}/broken.beton"
+    all_three = [
         start(pretrain(root, data, *common, "--online.watch_collapse=false", name="bare")),
         start(pretrain(root, data, *watching, name="watched")),
+        start(pretrain(root, data, *watching, bad, name="cut")),
     ]
-    assert [finish(process)[0] for process in both] == [0, 0]
+    assert [finish(process)[0] for process in all_three] == [0, 0, 2]
     shutil.copytree(root / "watched", root / "resumed")
     for path in list_checkpoints(root / "resumed")[1:]:
         path.unlink()
@@ -81,6 +85,21 @@ def test_a_resumed_run_goes_on_with_the_same_probe(root):
     assert_same(resumed.probe, watched.probe)
     assert all(value.any() for value in watched.probe.values())
     assert lines(root, "resumed") == lines(root, "watched")
+
+
+def test_a_measurement_that_fails_loses_no_step_and_is_made_up_for(root):
+    (path,) = list_checkpoints(root / "cut")
+    assert load_checkpoint(path).position["step"] == STEPS_PER_EPOCH
+    assert [line["step"] for line in lines(root, "cut")] == list(range(1, STEPS_PER_EPOCH))  # its last is not complete
+    data, good = root / "train/set.beton", f"--online.test_data={root}/test/set.beton"
+    watching = [f"--online.{option}" for option in ("linear_probe=true", "knn_every_epochs=1", f"knn_neighbours={K}")]
+    options = ["--train.micro_batch_size=8", "--train.keep_checkpoints=9", *watching, good]
+    code, _, err = finish(start(pretrain(root, data, *options, name="cut")))
+    assert code == 0, err
+    assert lines(root, "cut") == lines(root, "watched")
+    ours, theirs = last(root, "cut"), last(root, "watched")
+    assert_same(ours.model, theirs.model)
+    assert ours.position == theirs.position
 
 
 def test_neighbours_are_measured_at_the_end_of_an_epoch_as_the_evaluation_does(root):

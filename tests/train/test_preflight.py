@@ -2,15 +2,20 @@
 
 import dataclasses
 import time
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from pipelines.build import DataConfig
 from tests.distributed.ranks import run_ranks
 from train import preflight as module
 from train.cli import RunFailed
-from train.config import PretrainConfig, TrainConfig, resolved_dict
+from train.config import PretrainConfig, TrainConfig, flatten, resolved_dict
+from train.engine import Engine
+from train.loop import Pretraining
 from train.optim.lars import LARSConfig
 from train.preflight import compare, gather_json, preflight, source_hash, warn_of_other_gpus
 from train.runtime import Ranks
@@ -176,7 +181,7 @@ def test_a_run_of_one_rank_needs_no_process_group():
 
 
 def test_what_may_differ_between_machines_are_fields_that_exist():
-    fields = {key for key, _ in module._fields(resolved_dict(CONFIG))}
+    fields = flatten(resolved_dict(CONFIG)).keys()
     assert fields >= module.PER_MACHINE
     assert {"seed", "optim.base_lr", "model.encoder.depth"} <= fields - module.PER_MACHINE
 
@@ -195,3 +200,26 @@ def test_the_hash_of_the_source_is_that_of_its_contents_and_names(tmp_path, monk
     assert hashed(files | {"train/notes.txt": "", "tests/test_x.py": ""}, "elsewhere") == first
     assert hashed(files | {"train/loop.py": "a = 2\n"}, "changed") != first
     assert hashed({"train/loop2.py": "a = 1\n", "model/ntxent/loss.py": "b = 2\n"}, "renamed") != first
+
+
+def stand_at(rank, steps):
+    """What a rank says that stands at `steps[rank]`, by the loop's own check."""
+    engine = SimpleNamespace(_device=torch.device("cpu"), _world_size=len(steps))
+    engine.mean_over_ranks = partial(Engine.mean_over_ranks, engine)
+    place = SimpleNamespace(engine=engine, step=steps[rank], ranks=SimpleNamespace(rank=rank))
+    try:
+        Pretraining.check_ranks_agree(place)
+    except ValueError as error:
+        return str(error).partition(";")[0]
+    return ""
+
+
+@pytest.mark.distributed
+def test_ranks_that_stand_at_different_steps_all_stop():
+    """The one that stands at their mean as well; and steps that float32 cannot count."""
+    said = run_ranks(stand_at, 3, (10, 20, 15))
+    assert said == [
+        f"all ranks must resume from one checkpoint, got step {step} on rank {rank} and 15 on average"
+        for rank, step in enumerate((10, 20, 15))
+    ]
+    assert run_ranks(stand_at, 2, (2**24 + 1, 2**24 + 1)) == ["", ""]

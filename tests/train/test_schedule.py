@@ -133,8 +133,9 @@ def test_a_warmup_as_long_as_the_run_is_refused(options, found):
         ({"warmup_steps": -1}, "`schedule.warmup_steps` must be null or not negative, got -1; use 0 for none"),
         (
             {"warmup_epochs": 5.0, "warmup_steps": 100},
-            "`schedule.warmup_epochs` and `schedule.warmup_steps` must not both be given, got 5 and 100; leave one out",
+            "`schedule.warmup_epochs` and `schedule.warmup_steps` must not both be given, got 5 and 100; set one",
         ),
+        ({"warmup_epochs": None}, "`schedule.warmup_epochs` and `schedule.warmup_steps` must not both be null"),
         ({"decay": "step"}, "`schedule.decay` must be one of cosine, linear, constant, got step"),
         ({"every": "batch"}, "`schedule.every` must be one of step, epoch, got batch"),
         ({"sizes": ()}, "`schedule.sizes` must begin with the side of epoch 0, got []; such as [[0, 160], [60, 224]]"),
@@ -186,3 +187,13 @@ def test_the_command_line_takes_sides_and_steps():
     assert config.schedule == ScheduleConfig(
         warmup_steps=300, decay="linear", every="epoch", sizes=((0, 160), (60, 192), (80, 224))
     )
+
+
+def test_warmup_steps_can_take_the_place_of_a_files_epochs(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("schedule:\n  warmup_epochs: 5\n")
+    words = [f"--config={recipe}", "--name=a", "--data.path=b", "--schedule.warmup_steps=300"]
+    with pytest.raises(ValueError, match=r"got 5 and 300; set one of them to null$"):
+        parse_pretrain_config(words)
+    schedule = parse_pretrain_config([*words, "--schedule.warmup_epochs=null"]).schedule
+    assert num_warmup_steps(schedule, steps_per_epoch=100, total_steps=10_000) == 300

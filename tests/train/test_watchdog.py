@@ -206,6 +206,17 @@ def test_a_rank_that_fails_tells_the_others_why(tmp_path, faulty):
 
 
 @pytest.mark.distributed
+def test_who_hangs_because_another_failed_does_not_promise_that_the_same_command_goes_on(tmp_path):
+    """As under NCCL, which does not notice that a rank has left."""
+    first, faulty = ranks_that(tmp_path, get_stuck, meet_bad_data)
+    assert (first.code, faulty.code) == (EXIT_FAILED, EXIT_BAD_INPUT)
+    line = only_line(first)
+    assert line.startswith("error: rank 1 stopped at step 2: sample 13 cannot be decoded; rank 0 waited 2 s at ")
+    assert "the same command" not in line
+    assert "in wait_for_data_that_never_come" in first.log
+
+
+@pytest.mark.distributed
 @pytest.mark.parametrize("slow", [0, 1])
 def test_long_phases_and_a_slow_farewell_are_no_alarm(tmp_path, slow):
     behaviours = [train, train]
@@ -238,7 +249,8 @@ def standing(step, phase, left=""):
         ({0: standing(7, 1), 1: standing(6, 3), 2: standing(7, 1)}, [1]),
         ({0: standing(7, 1), 1: standing(7, 0), 2: standing(7, 0)}, [1, 2]),
         ({0: standing(7, 1), 1: standing(7, 1)}, [0, 1]),
-        ({0: standing(7, 1), 1: standing(9, 0, left="it was done")}, [1]),
+        ({0: standing(7, 1), 1: standing(9, 0, left="it met something")}, [1]),
+        ({0: standing(9, 1), 1: standing(9, 1, left="it was done")}, [0]),
     ],
 )
 def test_who_stands_furthest_back_is_to_blame(where, to_blame):
