@@ -26,6 +26,7 @@ What was done to running trainings, and what became of them: real processes, rea
 written by its test after its last assertion. *Lost steps* are those that had to be done again after the resume.
 
     make reliability
+
 """
 
 

@@ -47,9 +47,20 @@ class SlurmCluster:
         words = self.command("scontrol", "--oneliner", "show", "job", number).split()
         return dict(word.split("=", 1) for word in words if "=" in word)
 
-    def start_now(self, number):
-        """A job that was put back into the queue waits for two minutes; not this one."""
-        self.command("scontrol", "update", f"JobId={number}", "StartTime=now")
+    def start_again(self, number, explain):
+        """A job that was put back into the queue waits for two minutes; not this one.
+
+        Asked for until it runs: Slurm sets that time only when the last of the job's processes is gone.
+        """
+
+        def runs():
+            if self.job(number)["JobState"] != "PENDING":
+                return True
+            words = ["scontrol", "update", f"JobId={number}", "StartTime=now"]
+            subprocess.run(words, env=os.environ | self.environment, capture_output=True, timeout=60, check=False)
+            return False
+
+        wait_until(runs, explain)
 
 
 @contextmanager

@@ -92,11 +92,11 @@ def test_a_job_told_to_end_and_put_back_goes_on_bit_for_bit(cluster, data, runs_
         in log_of(runs_dir).read_text()
     )
 
-    cluster.start_now(job)
+    cluster.start_again(job, lambda: log_of(runs_dir).read_text()[-3000:])
     wait_for_more_checkpoints(runs_dir, after=stopped_at)
     cluster.command("scontrol", "requeue", job)  # as where another job has to go first: Slurm ends the script too
     wait_for_state(cluster, job, "PENDING", runs_dir)
-    cluster.start_now(job)
+    cluster.start_again(job, lambda: log_of(runs_dir).read_text()[-3000:])
     wait_for_state(cluster, job, "COMPLETED", runs_dir)
     assert cluster.job(job)["Restarts"] == "2"
     stops = re.findall(r"stopped by SIGTERM after step (\d+)", log_of(runs_dir).read_text())
@@ -164,7 +164,7 @@ def test_a_job_that_never_comes_to_a_checkpoint_is_given_up(cluster, data, runs_
         cluster.command("scancel", "--signal=KILL", f"{job}.0")
         wait_for_state(cluster, job, "PENDING" if kills < 4 else "FAILED", runs_dir)
         if kills < 4:
-            cluster.start_now(job)
+            cluster.start_again(job, lambda: log_of(runs_dir).read_text()[-3000:])
     assert log.read_text().count("ended with code 137, latest checkpoint none; putting") == 3
     assert "error: ended with code 137, 4 times in a row without a new checkpoint; not started again" in log.read_text()
     assert cluster.job(job)["Restarts"] == "3"
