@@ -45,6 +45,7 @@ class Interruption:
         if ranks.world_size > 1:
             self._group = dist.new_group(backend="gloo", timeout=timeout)
         self._earlier = {number: signal.signal(number, self._take) for number in SIGNALS}
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # who started this process may have blocked them
 
     def agreed(self) -> int:
         """The signal that some rank has met, or 0: the same on all ranks. All ranks must call, after each step."""

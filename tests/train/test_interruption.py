@@ -44,6 +44,17 @@ def test_once_it_has_begun_a_signal_is_a_wish(number):
         assert interruption.agreed() == number
 
 
+def test_a_signal_that_the_parent_blocked_is_heard():
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        with Interruption() as interruption:
+            interruption.begin(ALONE)
+            send(signal.SIGTERM)
+            assert interruption.agreed() == signal.SIGTERM
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+
+
 def test_a_second_ctrl_c_does_not_wait():
     with Interruption() as interruption:
         interruption.begin(ALONE)
