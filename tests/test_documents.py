@@ -18,7 +18,8 @@ PACKAGES = ("native", "pipelines", "model", "train", "tools", "benchmarks")
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted(ROOT.glob("docs/**/*.md"))]
 SCRIPTS = {"train/pretrain.py": "train.pretrain", "train/evaluate.py": "train.evaluate"}
 OPTION = r"(?<![\w-])--[\w.-]*\w"
-FOREIGN_OPTIONS = {"--num_gpus", "--nproc_per_node", "--local_rank", "--bench-json", "--time", "--signal", "--hostfile"}
+FOREIGN_OPTIONS = {"--num_gpus", "--nproc_per_node", "--local_rank", "--bench-json"}
+FOREIGN_OPTIONS |= {"--hostfile", "--nnodes", "--time", "--signal"}
 """Of launchers, Slurm and pytest, where a sentence names them."""
 
 documents = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
