@@ -53,6 +53,7 @@ def compare(compiled, plain, sides, rank=0):
 @pytest.fixture(autouse=True)
 def _fresh():
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()  # what other tests of the process compiled
     yield
     torch._dynamo.reset()
 
