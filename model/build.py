@@ -8,21 +8,34 @@ import torch
 from model.exchange import Exchange
 from model.heads import ProjectionHeadConfig
 from model.losses.contrastive import ContrastiveLoss, LossName, check_options
+from model.memory import MemoryConfig
 from model.methods.base import Method
+from model.methods.distill import Distill, DistillConfig
 from model.methods.simclr import SimCLR
+from model.methods.simclr_memory import SimCLRWithMemory, check_memory
+from model.methods.supervised import ClassifierConfig, Supervised, check_head_layers
 from model.resnet import EncoderConfig
+
+METHODS: dict[str, type[Method]] = {"simclr": SimCLR, "supervised": Supervised, "distill": Distill}
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """The method, its networks and its loss."""
 
-    method: Literal["simclr"] = "simclr"
-    """The self-supervised method."""
+    method: Literal["simclr", "supervised", "distill"] = "simclr"
+    """`simclr` learns without labels; `supervised` from them: the baseline, and what fine-tuning is; `distill` from
+    what `train.teacher` says of the images, and from the labels that there are."""
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
     """The encoder."""
     projection_head: ProjectionHeadConfig = field(default_factory=ProjectionHeadConfig)
-    """The projection head, used in pretraining only."""
+    """The projection head, of which evaluation and fine-tuning keep none or the first layers."""
+    classifier: ClassifierConfig = field(default_factory=ClassifierConfig)
+    """The classifier of `supervised` and `distill`."""
+    distill: DistillConfig = field(default_factory=DistillConfig)
+    """Distillation."""
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
+    """SimCLR v2's memory of keys."""
     loss: LossName = "nt_xent"
     """`nt_xent`, SimCLR's; `nt_logistic` and `margin_triplet` are what its paper compares it with."""
     temperature: float = 0.1
@@ -43,8 +56,13 @@ class ModelConfig:
     """Ranks, one after another, that share batch norm's statistics; 0: all of them, as SimCLR."""
 
     def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise ValueError(f"`model.method` must be one of {', '.join(METHODS)}, got {self.method!r}")
+        check_memory(self.memory, loss=self.loss, exchange=self.exchange)
         if self.method != "simclr":
-            raise ValueError(f"`model.method` must be 'simclr', got {self.method!r}")
+            if self.memory.size:
+                raise ValueError(f"`model.memory.size` needs `model.method` simclr, got {self.method}; set it to 0")
+            check_head_layers(self.classifier.head_layers, self.projection_head)
         check_options(
             loss=self.loss,
             temperature=self.temperature,
@@ -59,8 +77,12 @@ class ModelConfig:
 
 def num_views(config: ModelConfig) -> int:
     """Views of each image that the method takes."""
-    assert config.method == "simclr"
-    return SimCLR.num_views
+    return METHODS[config.method].num_views
+
+
+def needs_labels(config: ModelConfig) -> bool:
+    """Whether the method learns from labels, which every image must then have."""
+    return METHODS[config.method].needs_labels
 
 
 def build_method(config: ModelConfig, seed: int) -> Method:
@@ -71,6 +93,12 @@ def build_method(config: ModelConfig, seed: int) -> Method:
     """
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would also reset the GPUs' generators
+        if config.method == "supervised":
+            return Supervised(config.encoder, config.projection_head, config.classifier)
+        if config.method == "distill":
+            return Distill(config.encoder, config.projection_head, config.classifier, config.distill)
+        if config.memory.size:
+            return SimCLRWithMemory(config.encoder, config.projection_head, _build_loss(config), config.memory)
         return SimCLR(config.encoder, config.projection_head, _build_loss(config))
 
 

@@ -18,25 +18,28 @@ class ProjectionHeadConfig:
     """The projection head."""
 
     num_layers: int = 2
-    """Number of Dense layers: 2 in SimCLR v1, 3 in v2; 1 is the paper's linear head."""
+    """Number of Dense layers: 2 in SimCLR v1, 3 in v2; 1 is the paper's linear head, 0 none: z is h."""
     hidden_dim: int | None = None
     """Width between the layers; null: the encoder's, as in the paper."""
     out_dim: int = 128
-    """Width of the projection z."""
+    """Width of the projection z; without layers, z has h's."""
 
     def __post_init__(self) -> None:
-        for name in ("num_layers", "out_dim"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"`model.projection_head.{name}` must be at least 1, got {getattr(self, name)}")
+        for name, low in (("num_layers", 0), ("out_dim", 1)):
+            if getattr(self, name) < low:
+                raise ValueError(f"`model.projection_head.{name}` must be at least {low}, got {getattr(self, name)}")
         if self.hidden_dim is not None and self.hidden_dim < 1:
             raise ValueError(f"`model.projection_head.hidden_dim` must be null or at least 1, got {self.hidden_dim}")
 
 
 class ProjectionHead(nn.Module):
-    """`layers[k]` is the k-th Dense with its batch norm (and ReLU): v2's fine-tuning keeps the first."""
+    """`layers[k]` is the k-th Dense with its batch norm (and ReLU); v2's fine-tuning keeps the first. None: z = h."""
 
     def __init__(self, in_dim: int, config: ProjectionHeadConfig) -> None:
         super().__init__()
+        self.layers = nn.Sequential()
+        if config.num_layers == 0:
+            return
         hidden_dim = in_dim if config.hidden_dim is None else config.hidden_dim
         widths = [in_dim, *[hidden_dim] * (config.num_layers - 1), config.out_dim]
         hidden = [

@@ -10,9 +10,14 @@ Sources, and what each states beyond SimCLR's ranges:
   blurred, the second with probability 0.1 and solarized with 0.2.
 - `dino`: Caron et al. 2021, "Emerging Properties in Self-Supervised Vision Transformers", and its main_dino.py: two
   global views coloured as BYOL's, of areas (0.4, 1), and smaller local ones of areas (0.05, 0.4), blurred with 0.5.
-- `supervised`: one view, random crop and flip.
+- `supervised`: one view, random crop and flip; `supervised_color`: one view of SimCLR's (v1, table 1 and appendix B.3,
+  supervised training with its colour distortion).
 - `one_branch`: SimCLR v1, section 3.1 and figure 5: both views share one random crop; the transformations under study
   are applied to the first view, and the second is left as it is.
+
+`extra_transformations` is SimCLR v1's table 3: "other than crop and color augmentation, we additionally and
+independently add rotation (one of {0, 90, 180, 270}), Gaussian noise, and Sobel filtering transformation during the
+pretraining".
 """
 
 from __future__ import annotations
@@ -24,15 +29,24 @@ from typing import Any, Literal
 from pipelines.recipe import Interpolation, Recipe, ViewRecipe
 
 Transformation = Literal["crop", "cutout", "color", "sobel", "noise", "blur", "rotate"]
+ExtraTransformation = Literal["rotate", "noise", "sobel"]
+
+EXTRA: dict[ExtraTransformation, dict[str, Any]] = {
+    "rotate": {"rotate_prob": 0.75},  # 0, 90, 180 and 270 degrees alike
+    "noise": {"noise_prob": 0.5},
+    "sobel": {"sobel_prob": 0.5},
+}
+"""What each changes in a view: as often applied as not, since guessing is right half the time (table 3)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class AugmentConfig:
     """The augmentation of a run: a named recipe and its strength."""
 
-    recipe: Literal["simclr", "moco_v2", "byol", "dino", "supervised", "one_branch"] = "simclr"
+    recipe: Literal["simclr", "moco_v2", "byol", "dino", "supervised", "supervised_color", "one_branch"] = "simclr"
     """`simclr`, `moco_v2`, `byol` (asymmetric): two views. `dino`: two and `local_views` smaller ones. `supervised`:
-    one view, crop and flip. `one_branch`: one crop twice, `branch_transformations` applied to the first alone."""
+    one view, crop and flip; `supervised_color`: one view of SimCLR's. `one_branch`: one crop twice,
+    `branch_transformations` applied to the first alone."""
     size: int = 224
     """Side of the views, pixels."""
     interpolation: Interpolation = "bilinear"
@@ -53,6 +67,9 @@ class AugmentConfig:
     """DINO's: range of the small views' crop area."""
     branch_transformations: tuple[Transformation, ...] = ("crop", "color")
     """Of `one_branch`: what the first view gets, always in the chain's order."""
+    extra_transformations: tuple[ExtraTransformation, ...] = ()
+    """Added to every view, each drawn by itself: `rotate` by a random number of quarter turns, `noise` and `sobel` with
+    probability 0.5 each (SimCLR v1, table 3). Not with `one_branch`."""
     mean: tuple[float, float, float] = (0.0, 0.0, 0.0)
     """Subtracted from each channel, on the scale [0, 1]."""
     std: tuple[float, float, float] = (1.0, 1.0, 1.0)
@@ -70,6 +87,15 @@ class AugmentConfig:
             raise ValueError(
                 f"`augment.branch_transformations` must name each once, got {list(self.branch_transformations)}"
             )
+        if len(set(self.extra_transformations)) < len(self.extra_transformations):
+            raise ValueError(
+                f"`augment.extra_transformations` must name each once, got {list(self.extra_transformations)}"
+            )
+        if self.extra_transformations and self.recipe == "one_branch":
+            raise ValueError(
+                "`augment.extra_transformations` would change the branch that one_branch leaves as it is, got "
+                f"{list(self.extra_transformations)}; name them in `augment.branch_transformations`"
+            )
         if self.local_views < 0:
             raise ValueError(f"`augment.local_views` must be 0 or more, got {self.local_views}")
         build_recipe(self)
@@ -82,7 +108,11 @@ class AugmentConfig:
 
 def build_recipe(config: AugmentConfig) -> Recipe:
     """The recipe that a configuration names."""
-    return Recipe(views=_VIEWS[config.recipe](config), mean=config.mean, std=config.std)
+    changes: dict[str, Any] = {}
+    for name in config.extra_transformations:
+        changes |= EXTRA[name]
+    views = tuple(dataclasses.replace(view, **changes) for view in _VIEWS[config.recipe](config))
+    return Recipe(views=views, mean=config.mean, std=config.std)
 
 
 def center_recipe(config: AugmentConfig) -> Recipe:
@@ -121,6 +151,10 @@ def _dino(config: AugmentConfig) -> tuple[ViewRecipe, ...]:
 
 def _supervised(config: AugmentConfig) -> tuple[ViewRecipe, ...]:
     return (supervised_view(config),)
+
+
+def _supervised_color(config: AugmentConfig) -> tuple[ViewRecipe, ...]:
+    return _simclr(config)[:1]
 
 
 def _one_branch(config: AugmentConfig) -> tuple[ViewRecipe, ...]:
@@ -192,5 +226,6 @@ _VIEWS = {
     "byol": _byol,
     "dino": _dino,
     "supervised": _supervised,
+    "supervised_color": _supervised_color,
     "one_branch": _one_branch,
 }

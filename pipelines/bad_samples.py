@@ -8,6 +8,9 @@ from collections.abc import Callable
 from functools import cache
 from typing import Literal
 
+import numpy as np
+from numpy.typing import NDArray
+
 from pipelines.beton import Beton
 from pipelines.manifest import ManifestError, load_manifest
 
@@ -27,16 +30,24 @@ class BadSamples:
         name_of: a sample's name, for messages.
         on_error: `raise` stops at the first one; `skip` names it, counts it, and puts its neighbour in its place.
         remedy: what to do about it.
+        rows: int64, rising: those of the set's rows that are used, from which stand-ins come; None: all.
 
     Attributes:
         num_skipped: how often one was replaced so far; each is named the first time.
     """
 
     def __init__(
-        self, num_samples: int, name_of: Callable[[int], str], on_error: OnError, remedy: str = "remove it" + OR_SKIP
+        self,
+        num_samples: int,
+        name_of: Callable[[int], str],
+        on_error: OnError,
+        remedy: str = "remove it" + OR_SKIP,
+        *,
+        rows: NDArray[np.int64] | None = None,
     ) -> None:
         self.num_skipped = 0
-        self._num_samples, self._name_of, self._on_error, self._remedy = num_samples, name_of, on_error, remedy
+        self._rows = np.arange(num_samples) if rows is None else rows
+        self._name_of, self._on_error, self._remedy = name_of, on_error, remedy
         self._counting = threading.Lock()
         self._warned: set[int] = set()
 
@@ -56,7 +67,7 @@ class BadSamples:
             raise ValueError(f"{message}; {self._remedy}")
         if tries > MAX_NEIGHBOURS:
             raise ValueError(f"{message}, nor can the {MAX_NEIGHBOURS} before it; {self._remedy}")
-        neighbour = (sample + 1) % self._num_samples
+        neighbour = int(self._rows[np.searchsorted(self._rows, sample, side="right") % len(self._rows)])
         with self._counting:
             self.num_skipped += 1
             if sample not in self._warned:
@@ -65,7 +76,9 @@ class BadSamples:
         return neighbour
 
 
-def bad_samples_of(beton: Beton, on_error: OnError, *, training: bool = True) -> BadSamples:
+def bad_samples_of(
+    beton: Beton, on_error: OnError, *, training: bool = True, rows: NDArray[np.int64] | None = None
+) -> BadSamples:
     """Those of a `.beton`: a name is the row, and the file if the manifest has it. Only training may skip."""
 
     @cache  # read when there is a name to tell, and once
@@ -81,6 +94,5 @@ def bad_samples_of(beton: Beton, on_error: OnError, *, training: bool = True) ->
         file = f" ({repr(files[sample])[1:-1]})" if files else ""  # a name may hold anything, line ends too
         return f"sample {sample}{file} of {beton.path}"
 
-    return BadSamples(
-        beton.num_samples, name_of, on_error, "convert it again without it" + (OR_SKIP if training else "")
-    )
+    remedy = "convert it again without it" + (OR_SKIP if training else "")
+    return BadSamples(beton.num_samples, name_of, on_error, remedy, rows=rows)

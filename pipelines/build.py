@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from pipelines.batch import Loader, MissingPackage
 from pipelines.beton import Beton, open_beton
 from pipelines.ffcv_loader import FFCVLoader, Geometry
+from pipelines.manifest import load_manifest
 from pipelines.recipe import Recipe
+from pipelines.subset import SubsetConfig, choose_rows
 
-__all__ = ["DataConfig", "ImageFolder", "MissingPackage", "build_loader", "check_batch_size", "open_data"]
+__all__ = [
+    "Data",
+    "DataConfig",
+    "ImageFolder",
+    "MissingPackage",
+    "Subset",
+    "build_loader",
+    "check_batch_size",
+    "open_data",
+    "whole_of",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,6 +36,10 @@ class DataConfig:
 
     path: str
     """The `.beton` file, made by `python -m tools.convert`; under `loader: folder` a folder of images."""
+    subset: SubsetConfig = SubsetConfig()
+    """Which of its images are used; by default all."""
+    labelled: SubsetConfig = SubsetConfig()
+    """Which of its images keep their label; the others have −1, as if there were none. By default all."""
     global_batch_size: int = 256
     """Images (not views) in one optimizer step, over all ranks."""
     loader: Literal["ffcv", "dali", "resident", "folder"] = "ffcv"
@@ -58,15 +76,72 @@ class ImageFolder(NamedTuple):
 
     root: Path
     num_samples: int
+    labels: NDArray[np.int64] | None = None
+    """int64 [n], where they are others than those of the class folders."""
 
 
-def open_data(config: DataConfig) -> Beton | ImageFolder:
-    """What `config.path` names, checked as far as can be without decoding.
+class Subset(NamedTuple):
+    """Some of the images of a set; they keep their row numbers."""
+
+    whole: Beton | ImageFolder
+    rows: NDArray[np.int64]
+    """Rising."""
+
+    @property
+    def num_samples(self) -> int:
+        """Images that are used."""
+        return len(self.rows)
+
+
+Data = Beton | ImageFolder | Subset
+
+
+def whole_of(data: Data) -> Beton | ImageFolder:
+    """The set that `data` is, or is a part of."""
+    return data.whole if isinstance(data, Subset) else data
+
+
+def open_data(config: DataConfig) -> Data:
+    """What `config.path` names, or as much of it as `config.subset` asks for; nothing is decoded.
 
     Raises:
-        ValueError: it is no sound `.beton`, or no folder of images, as the loader wants it.
+        ValueError: it is no sound `.beton`, or no folder of images, as the loader wants it; or has no such subset.
         OSError: likewise.
     """
+    whole = _open_whole(config)
+    rows = None if config.subset.is_whole else _rows(config.subset, whole)
+    if not config.labelled.is_whole:
+        whole = _keep_labels(whole, _rows(config.labelled, whole))
+    return whole if rows is None else Subset(whole, rows)
+
+
+def _keep_labels(whole: Beton | ImageFolder, rows: NDArray[np.int64]) -> Beton | ImageFolder:
+    """The same images, of which those of other rows have the label −1."""
+    theirs = whole.labels
+    if isinstance(whole, ImageFolder):
+        from pipelines.folder_dataset import list_images
+
+        theirs = np.array([label for _, label in list_images(whole.root)], np.int64)
+    labels = np.full(whole.num_samples, -1)
+    if theirs is not None:
+        labels[rows] = theirs[rows]
+    return whole._replace(labels=labels) if isinstance(whole, ImageFolder) else replace(whole, labels=labels)
+
+
+def _rows(subset: SubsetConfig, whole: Beton | ImageFolder) -> NDArray[np.int64]:
+    """The rows of a set that a subset of it has."""
+    if isinstance(whole, ImageFolder):
+        from pipelines.folder_dataset import list_images
+
+        images = list_images(whole.root)
+        files = [Path(file).relative_to(whole.root).as_posix() for file, _ in images]
+        labels = np.array([label for _, label in images], np.int64)
+        return choose_rows(subset, labels, files, len(images))
+    manifest = load_manifest(whole.path) if subset.list is not None else None
+    return choose_rows(subset, whole.labels, manifest.files if manifest else None, whole.num_samples)
+
+
+def _open_whole(config: DataConfig) -> Beton | ImageFolder:
     if config.loader != "folder":
         if Path(config.path).is_dir():
             raise ValueError(
@@ -84,7 +159,7 @@ def open_data(config: DataConfig) -> Beton | ImageFolder:
 
 def build_loader(
     config: DataConfig,
-    data: Beton | ImageFolder,
+    data: Data,
     recipe: Recipe,
     *,
     seed: int,
@@ -99,7 +174,7 @@ def build_loader(
 
     Args:
         config: the run's.
-        data: from `open_data`.
+        data: from `open_data`; which of its rows are used, it says itself.
         recipe: of the views.
         seed: of the order and of every view.
         rank: of this process.
@@ -110,7 +185,7 @@ def build_loader(
         training: shuffle and drop the last partial global batch; else keep the file's order and every image.
 
     Raises:
-        ValueError: when training, the batch does not divide among the ranks, or the file is smaller than one batch.
+        ValueError: when training, the batch does not divide among the ranks, or there are fewer images than in one.
     """
     if training:
         check_batch_size(config.global_batch_size, world_size, data.num_samples)
@@ -124,25 +199,29 @@ def build_loader(
         "dtype": dtype,
         "training": training,
         "on_error": config.on_error,
+        "rows": data.rows if isinstance(data, Subset) else None,
     }
+    whole = whole_of(data)
     ahead = config.batches_ahead
     # A loader's module is imported when it is asked for: what the others stand on takes seconds.
-    if isinstance(data, ImageFolder):
+    if isinstance(whole, ImageFolder):
         from pipelines.folder_loader import FolderLoader
 
-        return FolderLoader(data.root, recipe, num_workers=num_threads, batches_ahead=ahead, **common)
+        return FolderLoader(
+            whole.root, recipe, labels=whole.labels, num_workers=num_threads, batches_ahead=ahead, **common
+        )
     if config.loader == "resident":
         from pipelines.resident_loader import ResidentLoader
 
-        return ResidentLoader(data, recipe, num_threads=num_threads, **common)
+        return ResidentLoader(whole, recipe, num_threads=num_threads, **common)
     if config.loader == "dali":
         from pipelines.dali_loader import DALILoader
 
         return DALILoader(
-            data, recipe, num_threads=num_threads, batches_ahead=ahead, photometric=config.photometric, **common
+            whole, recipe, num_threads=num_threads, batches_ahead=ahead, photometric=config.photometric, **common
         )
     return FFCVLoader(
-        data,
+        whole,
         recipe,
         num_threads=num_threads,
         batches_ahead=ahead,
@@ -153,7 +232,7 @@ def build_loader(
 
 
 def check_batch_size(global_batch_size: int, world_size: int, num_samples: int) -> None:
-    """Refuse a training batch that the ranks cannot share equally, or that the file cannot fill once.
+    """Refuse a training batch that the ranks cannot share equally, or that `num_samples` images cannot fill once.
 
     Raises:
         ValueError: with the nearest sizes that would do.
@@ -167,6 +246,6 @@ def check_batch_size(global_batch_size: int, world_size: int, num_samples: int) 
         )
     if global_batch_size > num_samples:
         raise ValueError(
-            f"`data.global_batch_size` must not exceed the {num_samples} images of the file, got {global_batch_size}; "
-            "use a smaller batch"
+            f"`data.global_batch_size` must not exceed the {num_samples} images that are trained on, got "
+            f"{global_batch_size}; use a smaller batch"
         )

@@ -20,6 +20,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from pipelines.bad_samples import OnError, bad_samples_of
@@ -53,6 +54,7 @@ class DALILoader:
         num_threads: DALI's; and as many that check each JPEG before it is decoded for the first time.
         batches_ahead: batches in flight beside the one in use, at least 1.
         training: shuffle and drop the last partial global batch; else keep the file's order and every image.
+        rows: int64, rising: those of the file's rows that are used; None: all.
         on_error: `raise` stops at a sample that cannot be decoded; `skip` names it, counts it, and uses its neighbour.
         photometric: `ours`: the chain of `pipelines.photometric`; `dali`: DALI's operators, with our factors.
         output: `views`, or under photometric `ours` also `crops`: uint8, before the chain, whatever `dtype` is.
@@ -76,6 +78,7 @@ class DALILoader:
         num_threads: int = 1,
         batches_ahead: int = 2,
         training: bool = True,
+        rows: NDArray[np.int64] | None = None,
         on_error: OnError = "raise",
         photometric: Photometric = "ours",
         output: Literal["views", "crops"] = "views",
@@ -96,12 +99,13 @@ class DALILoader:
             rank=rank,
             world_size=world_size,
             training=training,
+            rows=rows,
         )
         # Crops of 8 bits in DALI's hands, and finished views of one batch; on a GPU, memory that torch knows better.
         if self.device.type == "cpu":
-            local_batch_size = min(self._batch_size, beton.num_samples)
+            local_batch_size = min(self._batch_size, self._plan.num_samples)
             check_batches_fit(recipe, local_batch_size, batches_ahead + 5, bytes_per_number=1)
-        self._bad_samples = bad_samples_of(beton, on_error, training=training)
+        self._bad_samples = bad_samples_of(beton, on_error, training=training, rows=rows)
         self._check = JpegCheck(beton, num_threads)
         self._maker = BatchMaker(beton, recipe, self._plan, self._bad_samples, self._check, photometric)
         self._idle: ViewPipeline | None = None  # left by a whole epoch

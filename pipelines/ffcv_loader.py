@@ -58,6 +58,7 @@ class FFCVLoader:
         num_threads: that decode.
         batches_ahead: batches in flight beside the one in use, at least 1.
         training: shuffle and drop the last partial global batch; else keep the file's order and every image.
+        rows: int64, rising: those of the file's rows that are used; None: all.
         on_error: `raise` stops at a sample that cannot be decoded; `skip` names it, counts it, and uses its neighbour.
         scaled_decode: decode JPEGs at half or quarter scale where no window becomes smaller than its view.
         geometry: where crops are cut and resized, the `cpu` or the `device`; `auto`: on a GPU if the file is raw.
@@ -81,6 +82,7 @@ class FFCVLoader:
         num_threads: int = 1,
         batches_ahead: int = 2,
         training: bool = True,
+        rows: NDArray[np.int64] | None = None,
         on_error: OnError = "raise",
         scaled_decode: bool = False,
         geometry: Geometry = "auto",
@@ -96,8 +98,9 @@ class FFCVLoader:
             rank=rank,
             world_size=world_size,
             training=training,
+            rows=rows,
         )
-        self._bad_samples = bad_samples_of(beton, on_error, training=training)
+        self._bad_samples = bad_samples_of(beton, on_error, training=training, rows=rows)
         self._batches_ahead, self._output = batches_ahead, output
         self._renderer = Renderer(
             beton,
@@ -110,7 +113,7 @@ class FFCVLoader:
             bad_samples=self._bad_samples,
         )
         self._sender = Sender(self.device)
-        local_batch_size = -(-min(global_batch_size, beton.num_samples) // world_size)
+        local_batch_size = -(-min(global_batch_size, self._plan.num_samples) // world_size)
         batch_bytes = buffer_bytes(self._renderer.batch_bytes(local_batch_size), pinned=self.device.type == "cuda")
         check_batches_fit(recipe, local_batch_size, batches_ahead + 2, bytes_per_number=4, batch_bytes=batch_bytes)
 

@@ -55,6 +55,8 @@ class FolderLoader:
         num_workers: processes that decode and cut; 0: this one.
         batches_ahead: batches in the making while one is in use.
         training: shuffle and drop the last partial global batch; else keep the order and every image.
+        rows: int64, rising: those of the folder's images, in torchvision's order, that are used; None: all.
+        labels: int64, of every image, in the place of those of the class folders; None: those.
         on_error: `raise` stops at an image that cannot be decoded; `skip` names it, counts it, and uses its neighbour.
 
     Raises:
@@ -76,17 +78,15 @@ class FolderLoader:
         num_workers: int = 0,
         batches_ahead: int = 2,
         training: bool = True,
+        rows: NDArray[np.int64] | None = None,
+        labels: NDArray[np.int64] | None = None,
         on_error: OnError = "raise",
     ) -> None:
         self.recipe, self.seed, self.dtype = recipe, seed, dtype
         self.device = device or torch.device("cpu")
         self.dataset = CropDataset(Path(root), recipe, seed)
-        local_batch_size = -(-min(global_batch_size, len(self.dataset)) // world_size)
-        check_batches_fit(recipe, local_batch_size, batches_ahead + 6, bytes_per_number=1)
-        files = self.dataset.files
-        self._bad_samples = BadSamples(len(files), lambda row: f"sample {row} ({files[row]})", on_error)
-        self._num_workers, self._batches_ahead = num_workers, batches_ahead
-        self._addresses = _Addresses()
+        if labels is not None:
+            self.dataset.labels = labels
         self._plan = BatchPlan(
             num_samples=len(self.dataset),
             fingerprint=folder_fingerprint(self.dataset),
@@ -95,7 +95,14 @@ class FolderLoader:
             rank=rank,
             world_size=world_size,
             training=training,
+            rows=rows,
         )
+        local_batch_size = -(-min(global_batch_size, self._plan.num_samples) // world_size)
+        check_batches_fit(recipe, local_batch_size, batches_ahead + 6, bytes_per_number=1)
+        files = self.dataset.files
+        self._bad_samples = BadSamples(len(files), lambda row: f"sample {row} ({files[row]})", on_error, rows=rows)
+        self._num_workers, self._batches_ahead = num_workers, batches_ahead
+        self._addresses = _Addresses()
 
     def __len__(self) -> int:
         """Batches in an epoch."""

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from pipelines.beton import Beton
 from pipelines.order import epoch_order, num_global_batches, rank_rows
+from pipelines.subset import rows_checksum
 
 NUM_FINGERPRINTED = 64  # samples that are read when a loader is made
 
@@ -29,6 +30,10 @@ class BatchPlan:
         rank: of this process.
         world_size: number of ranks.
         training: shuffle and drop the last partial global batch; else keep the order and every sample.
+        rows: int64, rising: those of the set's rows that are used; None: all.
+
+    Attributes:
+        num_samples: that are used.
     """
 
     def __init__(
@@ -41,14 +46,19 @@ class BatchPlan:
         rank: int,
         world_size: int,
         training: bool,
+        rows: NDArray[np.int64] | None = None,
     ) -> None:
-        self.num_samples, self.seed, self.training = num_samples, seed, training
+        self.num_samples = num_samples if rows is None else len(rows)
+        self.seed, self.training, self._rows = seed, training, rows
         self.global_batch_size, self.rank, self.world_size = global_batch_size, rank, world_size
         self._identity = {
             "num_samples": num_samples,
             "dataset": fingerprint,
             "seed": seed,
             "global_batch_size": global_batch_size,
+            "subset": None
+            if rows is None
+            else rows_checksum(rows),  # a checkpoint from before subsets has no word of it
         }
         self._position = (0, 0)
         self._order: tuple[int, NDArray[np.int64]] | None = None
@@ -61,8 +71,10 @@ class BatchPlan:
         """The rows of the set that this rank takes of a batch, int64 [N]; the caller's own."""
         if self._order is None or self._order[0] != epoch:
             self._order = (epoch, epoch_order(self.seed, epoch, self.num_samples, shuffle=self.training))
-        rows = rank_rows(batch, self.global_batch_size, self.num_samples, self.rank, self.world_size)
-        return self._order[1][rows].copy()
+        positions = self._order[1][
+            rank_rows(batch, self.global_batch_size, self.num_samples, self.rank, self.world_size)
+        ]
+        return positions.copy() if self._rows is None else self._rows[positions]
 
     def record(self, epoch: int, batch: int) -> None:
         """Note that a batch is being handed over: a checkpoint taken from now on goes on with the next one."""
@@ -77,7 +89,7 @@ class BatchPlan:
         """Check that `state` is of this data and order, and return its position: epoch and next batch.
 
         Raises:
-            ValueError: the state is of another dataset, seed or global batch size.
+            ValueError: the state is of another dataset, subset, seed or global batch size.
         """
         for name, expected in self._identity.items():
             if state.get(name) != expected:
@@ -90,7 +102,14 @@ class BatchPlan:
 
 
 def plan_of(
-    beton: Beton, *, seed: int, global_batch_size: int, rank: int, world_size: int, training: bool
+    beton: Beton,
+    *,
+    seed: int,
+    global_batch_size: int,
+    rank: int,
+    world_size: int,
+    training: bool,
+    rows: NDArray[np.int64] | None = None,
 ) -> BatchPlan:
     """The plan over a `.beton`; arguments as of `BatchPlan`."""
     return BatchPlan(
@@ -101,6 +120,7 @@ def plan_of(
         rank=rank,
         world_size=world_size,
         training=training,
+        rows=rows,
     )
 
 

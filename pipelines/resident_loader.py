@@ -55,6 +55,7 @@ class ResidentLoader:
         device: where the set and the views are.
         dtype: of the views.
         training: shuffle and drop the last partial global batch; else keep the file's order and every image.
+        rows: int64, rising: those of the file's rows that are used, and decoded; None: all.
         num_threads: that decode, at the beginning.
         on_error: `raise` stops at a sample that cannot be decoded; `skip` names it, counts it, and uses its neighbour.
 
@@ -74,6 +75,7 @@ class ResidentLoader:
         device: torch.device | None = None,
         dtype: torch.dtype = torch.float32,
         training: bool = True,
+        rows: NDArray[np.int64] | None = None,
         num_threads: int = 1,
         on_error: OnError = "raise",
     ) -> None:
@@ -86,22 +88,24 @@ class ResidentLoader:
             rank=rank,
             world_size=world_size,
             training=training,
+            rows=rows,
         )
-        self._bad_samples = bad_samples_of(beton, on_error, training=training)
-        local_batch_size = -(-min(global_batch_size, beton.num_samples) // world_size)
+        self._bad_samples = bad_samples_of(beton, on_error, training=training, rows=rows)
+        local_batch_size = -(-min(global_batch_size, self._plan.num_samples) // world_size)
         if self.device.type == "cpu":
             check_batches_fit(recipe, local_batch_size, 2, bytes_per_number=4)
-        check_memory(beton, self.device)
+        self._rows = np.arange(beton.num_samples) if rows is None else rows
+        check_memory(beton, self.device, self._rows)
         check_images_fit(beton, num_threads)
-        reader = _Reader(beton, self._bad_samples)
+        reader = _Reader(beton, self._rows, self._bad_samples)
         beton.check_unchanged()
         try:
             self._set: PackedImages | None = reader.pack(self.device, num_threads)
         finally:  # else the blame would fall on a sample, or on nobody
             beton.check_unchanged()
         self._stand_ins = reader.stand_ins
-        labels = np.full(beton.num_samples, -1) if beton.labels is None else beton.labels
-        self._labels = torch.from_numpy(labels.copy()).to(self.device)
+        labels = np.full(len(self._rows), -1) if beton.labels is None else beton.labels[self._rows]
+        self._labels = torch.from_numpy(labels).to(self.device)
 
     def __len__(self) -> int:
         """Batches in an epoch."""
@@ -135,10 +139,11 @@ class ResidentLoader:
         """Draw on the host; select, cut and colour on the device."""
         if self._set is None:
             raise RuntimeError("the loader was closed, and its images are gone; make another one")
-        samples = self._stand_ins[self._plan.samples(epoch, batch)]
+        places = self._stand_ins[np.searchsorted(self._rows, self._plan.samples(epoch, batch))]
+        samples = self._rows[places]
         widths, heights = self.beton.widths[samples], self.beton.heights[samples]
         params = draw_views(self.recipe, self.seed, epoch, samples, widths, heights)
-        rows = to_device(samples, self.device)
+        rows = to_device(places, self.device)
         images = PackedImages(
             self._set.pixels, self._set.offsets[rows], self._set.widths[rows], self._set.heights[rows]
         )
@@ -149,17 +154,17 @@ class ResidentLoader:
         return Batch(views=views, labels=self._labels[rows], sample_indices=torch.from_numpy(samples), epoch=epoch)
 
 
-def check_memory(beton: Beton, device: torch.device) -> None:
-    """Refuse a set whose pixels do not fit into the device's memory beside the model.
+def check_memory(beton: Beton, device: torch.device, rows: NDArray[np.int64]) -> None:
+    """Refuse rows of a set, int64 [M], whose pixels do not fit into the device's memory beside the model.
 
     Raises:
         ValueError: with what is needed and what is free.
     """
-    needed, free = int(_ends(beton)[-1]), free_bytes(device)
+    needed, free = int(_ends(beton, rows)[-1]), free_bytes(device)
     if needed > free * SHARE_OF_MEMORY:
         raise ValueError(
             f"`data.loader: resident` must fit into {SHARE_OF_MEMORY:.0%} of {device}'s free memory (the model has the "
-            f"rest): the pixels of the {beton.num_samples} images of {beton.path} need {needed / GIB:.2f} GiB, "
+            f"rest): the pixels of the {len(rows)} images of {beton.path} need {needed / GIB:.2f} GiB, "
             f"{free / GIB:.2f} GiB are free; use another loader, or convert with a smaller `--max-side`"
         )
 
@@ -173,25 +178,30 @@ def free_bytes(device: torch.device) -> int:
 
 
 class _Reader:
-    """Decodes a whole set.
+    """Decodes a set.
+
+    Args:
+        beton: the file.
+        rows: int64 [M], rising: those that are decoded.
+        bad_samples: what happens to those that cannot be.
 
     Attributes:
-        stand_ins: int64 [M]; the row that is used in the place of each row, itself unless it cannot be decoded.
+        stand_ins: int64 [M]; the place among `rows` that is used for each, its own unless that cannot be decoded.
     """
 
-    def __init__(self, beton: Beton, bad_samples: BadSamples) -> None:
-        self.stand_ins = np.arange(beton.num_samples)
-        self._beton, self._bad_samples = beton, bad_samples
-        self._ends = _ends(beton)
+    def __init__(self, beton: Beton, rows: NDArray[np.int64], bad_samples: BadSamples) -> None:
+        self.stand_ins = np.arange(len(rows))
+        self._beton, self._rows, self._bad_samples = beton, rows, bad_samples
+        self._ends = _ends(beton, rows)
         self._begins = np.append(0, self._ends[:-1])
-        self._reasons: dict[int, str] = {}
+        self._reasons: dict[int, str] = {}  # by row of the file
 
     def pack(self, device: torch.device, num_threads: int) -> PackedImages:
-        """All images on the device, in the order of the file."""
+        """All images on the device, in the order of the rows."""
         pixels = torch.empty(int(self._ends[-1]), dtype=torch.uint8, device=device)
         with ThreadPoolExecutor(num_threads, thread_name_prefix="decode") as threads:
             begin = 0
-            while begin < self._beton.num_samples:
+            while begin < len(self._rows):
                 end = int(np.searchsorted(self._begins, self._begins[begin] + BLOCK_BYTES))
                 pixels[self._begins[begin] : self._ends[end - 1]] = self._decode_block(begin, end, threads)
                 begin = end
@@ -199,12 +209,12 @@ class _Reader:
         return PackedImages(
             pixels,
             torch.from_numpy(self._begins).to(device),
-            torch.from_numpy(self._beton.widths.copy()).to(device),
-            torch.from_numpy(self._beton.heights.copy()).to(device),
+            torch.from_numpy(self._beton.widths[self._rows]).to(device),
+            torch.from_numpy(self._beton.heights[self._rows]).to(device),
         )
 
     def _decode_block(self, begin: int, end: int, threads: ThreadPoolExecutor) -> Tensor:
-        """The pixels of samples [begin, end), one after the other, uint8."""
+        """The pixels of places [begin, end), one after the other, uint8."""
         block = np.zeros(self._ends[end - 1] - self._begins[begin], np.uint8)
         firsts = range(begin, end, SAMPLES_PER_CHUNK)
         for _ in threads.map(partial(self._decode_chunk, block, begin, end), firsts):
@@ -212,11 +222,12 @@ class _Reader:
         return torch.from_numpy(block)
 
     def _decode_chunk(self, block: NDArray[np.uint8], begin: int, end: int, first: int) -> None:
-        """Decode the samples of a block from `first` on into it, as many as a thread takes at a time."""
+        """Decode the images of a block from place `first` on into it, as many as a thread takes at a time."""
         beton, origin = self._beton, self._begins[begin]
         with closing(Decompressor()) as decompressor:
-            for i in range(first, min(first + SAMPLES_PER_CHUNK, end)):
-                out = block[self._begins[i] - origin : self._ends[i] - origin]
+            for place in range(first, min(first + SAMPLES_PER_CHUNK, end)):
+                i = int(self._rows[place])
+                out = block[self._begins[place] - origin : self._ends[place] - origin]
                 if beton.modes[i] == MODE_RAW:
                     out[:] = beton.encoded(i)
                     continue
@@ -225,15 +236,15 @@ class _Reader:
                     self._reasons[i] = reason
 
     def _replace_bad_samples(self) -> None:
-        """Raise, or choose the row that is used in the place of each that could not be decoded."""
+        """Raise, or choose the place that is used for each sample that could not be decoded."""
         for bad in sorted(self._reasons):
             sample, tries = bad, 0
             while sample in self._reasons:
                 tries += 1
                 sample = self._bad_samples.replace(sample, self._reasons[sample], tries)
-            self.stand_ins[bad] = sample
+            self.stand_ins[np.searchsorted(self._rows, bad)] = np.searchsorted(self._rows, sample)
 
 
-def _ends(beton: Beton) -> NDArray[np.int64]:
+def _ends(beton: Beton, rows: NDArray[np.int64]) -> NDArray[np.int64]:
     """Where each image's pixels end, bytes, int64 [M]."""
-    return np.cumsum(beton.widths.astype(np.int64) * beton.heights * 3)
+    return np.cumsum(beton.widths[rows].astype(np.int64) * beton.heights[rows] * 3)

@@ -39,7 +39,7 @@ from tools.whole_file import clean_termination, partial_path, whole_file
 from train.checkpoint import Checkpoint, load_checkpoint
 from train.cli import RunFailed, run
 from train.config import PretrainConfig, config_from_dict
-from train.evaluation.features import load_encoder
+from train.evaluation.representation import load_encoder
 from train.initial_encoder import Weights, Which, encoder_weights, find_checkpoint, results_dir
 from train.runtime import package_versions
 

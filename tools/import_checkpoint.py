@@ -44,7 +44,7 @@ from tools.whole_file import clean_termination
 from train.checkpoint import Checkpoint, save_checkpoint
 from train.cli import RunFailed, run
 from train.config import PretrainConfig, resolved_dict
-from train.evaluation.features import load_encoder
+from train.evaluation.representation import load_encoder
 from train.initial_encoder import ENCODER, check_fits
 from train.runtime import package_versions
 

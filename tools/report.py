@@ -10,7 +10,6 @@ import base64
 import dataclasses
 import html
 import io
-import json
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from torch import Tensor
 from pipelines.augment import build_recipe
 from pipelines.build import build_loader, open_data
 from pipelines.recipe import Recipe
+from tools.report_accuracy import accuracy_tables
 from train.checkpoint import latest_checkpoint, load_checkpoint
 from train.cli import run
 from train.config import CONFIG_FILE, PretrainConfig, config_from_dict, read_run_config
@@ -70,7 +70,7 @@ def write_report(run_dir: Path) -> Path:
     """
     config = config_from_dict(read_run_config(run_dir))
     sections = [
-        _section("Accuracy", _accuracy(run_dir)),
+        _section("Accuracy", accuracy_tables(run_dir / "evaluation")),
         _section("Training", _curves(run_dir)),
         _section("What the model sees", _contact_sheet(config)),
         _section("Environment", _versions(run_dir)),
@@ -91,33 +91,6 @@ def write_report(run_dir: Path) -> Path:
 
 def _section(title: str, body: str) -> str:
     return f"<section><h2>{title}</h2>{body}</section>" if body else ""
-
-
-def _accuracy(run_dir: Path) -> str:
-    """Every evaluation of the run: a row a protocol and representation, a column an amount of labels."""
-    records = [json.loads(path.read_text()) for path in sorted((run_dir / "evaluation").glob("*.json"))]
-    if not records:
-        return "<p>Not evaluated yet: <code>python train/evaluate.py knn --help</code>.</p>"
-    counts = list(dict.fromkeys(count for record in records for count in record["accuracy"]))
-    head = "".join(f"<th>{html.escape(count)}</th>" for count in counts)
-    rows = [
-        f"<tr><td>{html.escape(_measured(record))}</td>"
-        + "".join(f"<td>{_percent(record['accuracy'].get(count))}</td>" for count in counts)
-        for record in records
-    ]
-    return (
-        "<p>Percent of the test set, by labels a class; mean ± standard deviation over subsets of the labels.</p>"
-        f'<div class="scroll"><table><tr><th>protocol, representation</th>{head}</tr>{"".join(rows)}</table></div>'
-    )
-
-
-def _measured(record: dict[str, Any]) -> str:
-    of_average = ", average of the weights" * (record.get("weights") == "average")
-    return f"{record['protocol']}, {record['representation']}{of_average}"
-
-
-def _percent(figure: dict[str, float] | None) -> str:
-    return f"{100 * figure['mean']:.1f} ± {100 * figure['std']:.1f}" if figure else ""
 
 
 def _curves(run_dir: Path) -> str:

@@ -35,6 +35,8 @@ ADJUSTABLE = frozenset(
     {
         "runs_dir",
         "data.path",  # a set may move; the loader's state proves that it is the same one
+        "data.subset.list",  # so may these, by their checksums
+        "data.labelled.list",
         "data.num_threads",
         "data.batches_ahead",
         "data.on_error",
@@ -109,8 +111,11 @@ class TrainConfig:
     """Compile the encoder with `torch.compile`, in one of its modes; `reduce-overhead` uses CUDA graphs."""
     deterministic: bool = False
     """Only operations that give the same bits each time; on GPUs slower. On the CPU runs are so anyway."""
+    teacher: str | None = None
+    """Of `model.method` distill: the run, or checkpoint, of the classifier network to learn from."""
     initial_encoder: str | None = None
-    """A checkpoint whose encoder a new run starts from, as `python -m tools.import_checkpoint` writes it."""
+    """A checkpoint whose encoder a new run starts from, of a run or as `python -m tools.import_checkpoint` writes it;
+    with `model.method` supervised also the layers of the projection head that are kept."""
 
     @property
     def keep(self) -> KeepConfig:
@@ -175,13 +180,18 @@ class PretrainConfig:
             raise ValueError(f"`name` must be a plain folder name, got {self.name!r}")
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"`seed` must be from 0 to 2**63 − 1, got {self.seed}")
-        if self.data.global_batch_size < 2:
+        if self.model.method == "simclr" and self.data.global_batch_size < 2:
             raise ValueError("`data.global_batch_size` must be at least 2, got 1; one image has no negatives")
         num_drawn, num_taken = len(build_recipe(self.augment).views), num_views(self.model)
         if num_drawn != num_taken:
             raise ValueError(
                 f"`augment.recipe` must draw the {num_taken} views of each image that {self.model.method} takes, "
                 f"got {self.augment.recipe}, which draws {num_drawn}"
+            )
+        if (self.model.method == "distill") != (self.train.teacher is not None):
+            raise ValueError(
+                f"`train.teacher` belongs to `model.method` distill, got {self.train.teacher} with "
+                f"{self.model.method}; name the run of the network to learn from, or none"
             )
         check_sizes(self.schedule, num_epochs=self.train.epochs, size=self.augment.size)
         self._check_best()
@@ -227,11 +237,11 @@ def summary(config: PretrainConfig, world_size: int) -> str:
     model, optim, train = config.model, config.optim, config.train
     local = config.data.global_batch_size // world_size
     pieces = local // (train.micro_batch_size or local)
-    mining = ", semi-hard" * model.semi_hard
+    loss = "cross-entropy" if model.method != "simclr" else f"{model.loss}{', semi-hard' * model.semi_hard}"
     return (
         f"{model.method} on {world_size} ranks of {local} images in {pieces} micro-batches; {train.precision}; "
-        f"ZeRO {train.zero_stage}; loss {model.loss}{mining}, {model.exchange}; batch norm over "
-        f"{norm_batch_size(config, world_size)} images; LARS {optim.form}{', Nesterov' * optim.nesterov}; "
+        f"ZeRO {train.zero_stage}; loss {loss}, {model.exchange}; batch norm over "
+        f"{norm_batch_size(config, world_size)} images; {optim.name} {optim.form}{', Nesterov' * optim.nesterov}; "
         f"gradient clipping {train.gradient_clipping or 'none'}; on_nonfinite {train.on_nonfinite}"
     )
 
@@ -245,7 +255,7 @@ def parse_pretrain_config(arguments: Sequence[str] | None = None) -> PretrainCon
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = ArgumentParser(
         prog="pretrain.py",
-        description="Pretrain an encoder without labels.",
+        description="Pretrain an encoder, without labels unless the method says so.",
         exit_on_error=False,
         allow_abbrev=False,
     )

@@ -114,11 +114,14 @@ class Engine:
         self._flat_groups = flat_groups(self._deepspeed_optimizer)
         partition_lars(optimizer, self._flat_groups)
 
-    def train_step(self, views: list[Tensor], *, lr: float, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+    def train_step(
+        self, views: list[Tensor], labels: Tensor | None = None, *, lr: float, step: int
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """Forward, backward, all-reduce, optimizer. All ranks must call.
 
         Args:
             views: of this rank's images, [N, 3, H, W] each.
+            labels: of the images, int64 [N], for methods that learn from them.
             lr: learning rate of this step.
             step: its number, from 1, for messages.
 
@@ -134,9 +137,9 @@ class Engine:
         skips = self._on_nonfinite == "skip"
         buffers = [buffer.clone() for buffer in self._method.buffers()] if skips else []
         if len(views[0]) <= self._micro_batch_size:
-            loss, metrics = self._step_at_once(views, step)
+            loss, metrics = self._step_at_once(views, labels, step)
         else:
-            loss, metrics = self._step_in_micro_batches(views, step)
+            loss, metrics = self._step_in_micro_batches(views, labels, step)
         for buffer, before in zip(self._method.buffers(), buffers, strict=skips):
             buffer.copy_(torch.where(self._guard.skip, before, buffer))
         return loss.detach(), metrics
@@ -154,18 +157,20 @@ class Engine:
         """
         self._guard.check()
 
-    def _step_at_once(self, views: list[Tensor], step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        loss, metrics, projections = self._engine(views, None)
+    def _step_at_once(self, views: list[Tensor], labels: Tensor | None, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        loss, metrics, projections = self._engine(views, labels, None)
         self._observe(projections, loss)
         self._engine.backward(loss)
         self._guard_step(step)
         self._engine.step()
         return loss, metrics
 
-    def _step_in_micro_batches(self, views: list[Tensor], step: int) -> tuple[Tensor, dict[str, Tensor]]:
+    def _step_in_micro_batches(
+        self, views: list[Tensor], labels: Tensor | None, step: int
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         with torch.autocast(**self._autocast):
             projections = cached_projections(self._method, views, self._micro_batch_size)
-            cached = loss_gradients(self._method, projections)
+            cached = loss_gradients(self._method, projections, labels)
         self._observe(projections, cached.loss)
         by_piece = zip(*(torch.split(part, self._micro_batch_size) for part in cached.by_projection), strict=True)
         pieces = list(zip(micro_batches(views, self._micro_batch_size), by_piece, strict=True))
@@ -174,14 +179,14 @@ class Engine:
             given = Cotangents(list(gradients), cached.by_parameter if last else {})
             # The gradients are those of the whole batch already, not means over micro-batches. DeepSpeed's stage 0
             # divides the gradient of a forward's very output by their number all the same: so not the output itself.
-            self._engine.backward(self._engine(piece, given).clone(), scale_wrt_gas=False)
+            self._engine.backward(self._engine(piece, None, given).clone(), scale_wrt_gas=False)
             if last:
                 self._guard_step(step)
             self._engine.step()  # the last one moves the parameters
         return cached.loss, cached.metrics
 
     def _observe(self, projections: list[Tensor], loss: Tensor) -> None:
-        self.projections = projections
+        self.projections = projections[: self._method.num_views]  # keys, or a teacher's logits, follow them
         self._guard.observe(projections, loss)
 
     def _guard_step(self, step: int) -> None:
@@ -240,12 +245,12 @@ class _Network(nn.Module):
         super().__init__()
         self.method = method
 
-    def forward(self, views: list[Tensor], given: Cotangents | None) -> Any:
+    def forward(self, views: list[Tensor], labels: Tensor | None, given: Cotangents | None) -> Any:
         """The loss, its metrics and the projections; or, where their gradients are given, the surrogate."""
         projections = self.method.project(views)
         if given is not None:
             return surrogate(self.method, projections, given)
-        loss, metrics = self.method.loss(projections)
+        loss, metrics = self.method.loss(projections, labels)
         return loss, metrics, [projection.detach() for projection in projections]
 
 

@@ -65,11 +65,11 @@ def cached_projections(method: Method, views: list[Tensor], size: int) -> list[T
     return [torch.cat(view) for view in zip(*pieces, strict=True)]
 
 
-def loss_gradients(method: Method, projections: list[Tensor]) -> LossGradients:
-    """The loss of all projections [N, D], and its gradients. All ranks must call."""
+def loss_gradients(method: Method, projections: list[Tensor], labels: Tensor | None = None) -> LossGradients:
+    """The loss of all projections [N, D] (and labels [N]), and its gradients. All ranks must call."""
     with torch.enable_grad():
         leaves = [projection.detach().requires_grad_() for projection in projections]
-        loss, metrics = method.loss(leaves)
+        loss, metrics = method.loss(leaves, labels)
         parameters = {name: parameter for name, parameter in method.named_parameters() if parameter.requires_grad}
         gradients = torch.autograd.grad(loss, [*leaves, *parameters.values()], allow_unused=True)
     by_projection = [

@@ -93,11 +93,12 @@ def check_fits(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], sour
 def load_initial_encoder(path: str | Path, method: Method) -> None:
     """Start a method from the encoder of a checkpoint (the live weights), as `train.initial_encoder` asks.
 
-    The projection head keeps its random weights. `path` is a file, or a run directory, whose latest one is taken.
+    So do the other parts that `method.pretrained` names: the layers of the projection head that a classifier keeps.
+    What is left keeps its random weights. `path` is a file, or a run directory, whose latest one is taken.
 
     Raises:
-        ValueError: there is no such checkpoint, it is damaged, or its encoder is another one than `model.encoder`;
-            nothing is changed then.
+        ValueError: there is no such checkpoint, it is damaged, or its encoder or head is another one than this
+            method's; nothing is changed then.
     """
     source = find_checkpoint(Path(path))
     checkpoint = load_checkpoint(source)
@@ -105,7 +106,13 @@ def load_initial_encoder(path: str | Path, method: Method) -> None:
     theirs = checkpoint.config.get("model", {}).get("encoder", {})
     words = ", ".join(f"{name}: {value}" for name, value in theirs.items())
     check_fits(found, method.encoder.state_dict(), source, f"set `model.encoder` as there ({words})")
+    parts = tuple(part for part in method.pretrained if part != ENCODER)
+    ours = {name: tensor for name, tensor in method.state_dict().items() if name.startswith(parts)}
+    kept = {name: tensor for name, tensor in checkpoint.model.items() if name in ours}
+    check_fits(kept, ours, source, "keep fewer layers of the head, or set `model.projection_head` as there")
     method.encoder.load_state_dict(found)
+    method.load_state_dict(kept, strict=False)
+    method.weights_replaced()
     augment = checkpoint.config.get("augment", {})
     logger.info(
         "starting from the encoder of %s, trained on views normalised by mean %s and std %s",

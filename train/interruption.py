@@ -22,7 +22,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 class Interruption:
-    """Takes the signals of a process; a context manager.
+    """Takes the signals of a process, in which one run or several follow one another; a context manager.
 
     Until `begin`, signals do what they always do: there is nothing to lose yet, and a process that waits for the others
     inside compiled code would not hear of them. From then on a signal is a wish, which `agreed` tells; a second Ctrl-C
@@ -42,9 +42,10 @@ class Interruption:
             ranks: of this process.
             timeout: how long they wait for one another; None: torch's default.
         """
-        if ranks.world_size > 1:
+        if ranks.world_size > 1 and self._group is None:
             self._group = dist.new_group(backend="gloo", timeout=timeout)
-        self._earlier = {number: signal.signal(number, self._take) for number in SIGNALS}
+        if not self._earlier:  # else an earlier run of this process began it
+            self._earlier = {number: signal.signal(number, self._take) for number in SIGNALS}
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # who started this process may have blocked them
 
     def agreed(self) -> int:

@@ -207,9 +207,9 @@ class Pretraining:
             steps_per_epoch=self.steps_per_epoch,
         )
         self.watchdog.beat(self.step + 1, "training step")
-        loss, metrics = self.engine.train_step(batch.views, lr=lr, step=self.step + 1)
+        loss, metrics = self.engine.train_step(batch.views, batch.labels, lr=lr, step=self.step + 1)
         self.step += 1
-        self.method.after_step(self.step)
+        self.method.after_step(self.step, self.engine.left_out)
         if self.average is not None:
             self.average.update(self.engine.left_out)
         return {"loss": loss} | metrics | self.observation.after_step(batch), lr

@@ -6,10 +6,7 @@ process group, a model or a folder exists.
 
 import os
 import sys
-from contextlib import closing
-from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
 
 if not __package__:  # started as a file: put the project's root, not this folder, on the path
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -19,224 +16,16 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 # Else torch prints stacks of C++ whenever the rank that keeps the store leaves, even at the end of a run.
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
-import torch
-
-from model.activation_checkpointing import checkpoint_activations
-from model.build import build_method
-from model.methods.base import Method
-from model.norm import check_group_size, groups_of, set_group
-from pipelines.augment import build_recipe
-from pipelines.batch import Loader
-from pipelines.beton import Beton
-from pipelines.build import ImageFolder, MissingPackage, build_loader, check_batch_size, open_data
-from train import determinism
-from train.checkpoint import latest_checkpoint
-from train.cli import UnfitEnvironment, run
-from train.compilation import compile_encoder
-from train.config import (
-    PretrainConfig,
-    check_micro_batch_size,
-    check_run_dir,
-    claim_run_dir,
-    parse_pretrain_config,
-)
-from train.determinism import allow_fastest, make_deterministic
-from train.engine import Engine, collective_timeout, init_process_group
-from train.initial_encoder import load_initial_encoder
+from train.cli import run
+from train.config import parse_pretrain_config
 from train.interruption import Interruption
-from train.loaders import EpochLoaders
-from train.loop import Pretraining
-from train.metrics import check_sinks
-from train.observation import Observation
-from train.online.linear_probe import count_classes
-from train.online.neighbour_sets import NeighbourSets, open_neighbour_sets
-from train.optim.lars import LARS
-from train.optim.lars_backends import check_backend
-from train.optim.param_groups import param_groups
-from train.preflight import preflight
-from train.run_lock import locked_run_dir
-from train.runtime import (
-    Ranks,
-    choose_device,
-    configure_logging,
-    cores_per_rank,
-    keep_freed_memory,
-    log_path,
-    read_ranks,
-)
-from train.schedule import num_warmup_steps, size_of_epoch
-from train.watchdog import Watchdog
-
-
-class Checked(NamedTuple):
-    """What is known before anything is allocated."""
-
-    config: PretrainConfig
-    ranks: Ranks
-    device: torch.device
-    data: Beton | ImageFolder
-    steps_per_epoch: int
-    warmup_steps: int
-    num_probe_classes: int | None
-    neighbours: NeighbourSets | None
+from train.run import train
 
 
 def main() -> None:
-    """Check, set up, train."""
+    """Parse, train."""
     with Interruption() as interruption:
-        checked = _check(parse_pretrain_config(), read_ranks())
-        _set_up_machine(checked)
-        with closing(_build_loaders(checked)) as loaders:
-            _train(checked, loaders, interruption)
-
-
-def _check(config: PretrainConfig, ranks: Ranks) -> Checked:
-    """Refuse what cannot run."""
-    data = open_data(config.data)
-    check_batch_size(config.data.global_batch_size, ranks.world_size, data.num_samples)
-    check_micro_batch_size(config, ranks.world_size)
-    check_group_size(config.model.norm_group_size, ranks.world_size)
-    steps_per_epoch = data.num_samples // config.data.global_batch_size
-    total_steps = config.train.epochs * steps_per_epoch
-    warmup_steps = num_warmup_steps(config.schedule, steps_per_epoch=steps_per_epoch, total_steps=total_steps)
-    device = choose_device(config.train.device, ranks)
-    check_backend(config.optim.backend, config.optim.form, device)
-    if ranks.rank == 0:
-        check_sinks(config.log)
-    check_run_dir(config)
-    return Checked(
-        config=config,
-        ranks=ranks,
-        device=device,
-        data=data,
-        steps_per_epoch=steps_per_epoch,
-        warmup_steps=warmup_steps,
-        num_probe_classes=count_classes(data) if config.online.linear_probe else None,
-        neighbours=open_neighbour_sets(config.online, config.data),
-    )
-
-
-def _set_up_machine(checked: Checked) -> None:
-    train = checked.config.train
-    torch.set_num_threads(train.cpu_threads or cores_per_rank(checked.ranks))
-    if checked.device.type == "cpu":
-        keep_freed_memory()
-    if train.deterministic:
-        make_deterministic()
-    else:
-        allow_fastest()
-    if train.precision == "fp32":
-        torch.backends.cudnn.allow_tf32 = False  # torch's default would compute convolutions with 10 bits
-
-
-def _build_loaders(checked: Checked) -> EpochLoaders:
-    config, ranks = checked.config, checked.ranks
-
-    def build(side: int) -> Loader:
-        return build_loader(
-            config.data,
-            checked.data,
-            build_recipe(replace(config.augment, size=side)),
-            seed=config.seed,
-            rank=ranks.rank,
-            world_size=ranks.world_size,
-            device=checked.device,
-            dtype=torch.bfloat16 if config.train.precision == "bf16" else torch.float32,
-            num_cores=cores_per_rank(ranks),
-        )
-
-    def side_of(epoch: int) -> int:
-        return size_of_epoch(config.schedule, epoch, config.augment.size)
-
-    try:
-        return EpochLoaders(build, side_of, config.train.epochs)
-    except MissingPackage as error:
-        raise UnfitEnvironment(str(error)) from error
-
-
-def _train(checked: Checked, loaders: EpochLoaders, interruption: Interruption) -> None:
-    config, ranks, timeout_s = checked.config, checked.ranks, checked.config.train.hang_timeout_s
-    method = _build_method(config)
-    init_process_group(checked.device, timeout_s)
-    preflight(ranks, config=config, data_identity=loaders.identity())
-    claim_run_dir(config)
-    console = configure_logging(config.run_dir, ranks)
-    with (
-        locked_run_dir(config.run_dir, enabled=ranks.rank == 0),
-        Watchdog(ranks, timeout_s=timeout_s, log_file=log_path(config.run_dir, ranks)) as watchdog,
-    ):
-        try:
-            watchdog.beat(0, "building the engine")
-            engine = _build_engine(config, method, ranks, checked.device)
-            observation = Observation(
-                config,
-                method,
-                ranks,
-                checked.device,
-                num_classes=checked.num_probe_classes,
-                neighbours=checked.neighbours,
-                warmup_steps=checked.warmup_steps,
-            )
-            interruption.begin(ranks, collective_timeout(timeout_s))
-            pretraining = Pretraining(
-                config,
-                method,
-                engine,
-                loaders,
-                ranks,
-                observation=observation,
-                steps_per_epoch=checked.steps_per_epoch,
-                console=console,
-                watchdog=watchdog,
-                interruption=interruption,
-            )
-            watchdog.beat(0, "resuming")
-            pretraining.restore()
-            pretraining.check_ranks_agree()
-            pretraining.run()
-        except RuntimeError as error:
-            # A collective tells that some rank is gone, not which.
-            explained = watchdog.explain(error) or determinism.explain(error)
-            if explained is None:
-                raise
-            raise explained from error
-
-
-def _build_method(config: PretrainConfig) -> Method:
-    """With the weights that a new run starts from, on the CPU."""
-    method = build_method(config.model, config.seed)
-    if config.train.initial_encoder is not None and latest_checkpoint(config.run_dir) is None:
-        load_initial_encoder(config.train.initial_encoder, method)
-    return method
-
-
-def _build_engine(config: PretrainConfig, method: Method, ranks: Ranks, device: torch.device) -> Engine:
-    train = config.train
-    set_group(method, groups_of(config.model.norm_group_size, collective_timeout(train.hang_timeout_s)))
-    if train.activation_checkpointing:
-        checkpoint_activations(method.encoder)
-    compile_encoder(method.to(device), train.compile)
-    optimizer = LARS(
-        param_groups(method, config.optim.weight_decay),
-        lr=0.0,  # the schedule sets it before each step
-        momentum=config.optim.momentum,
-        trust_coefficient=config.optim.trust_coefficient,
-        form=config.optim.form,
-        nesterov=config.optim.nesterov,
-        backend=config.optim.backend,
-    )
-    return Engine(
-        method,
-        optimizer,
-        ranks=ranks,
-        device=device,
-        precision=train.precision,
-        local_batch_size=config.data.global_batch_size // ranks.world_size,
-        micro_batch_size=train.micro_batch_size,
-        zero_stage=train.zero_stage,
-        gradient_clipping=train.gradient_clipping,
-        on_nonfinite=train.on_nonfinite,
-    )
+        train(parse_pretrain_config(), interruption)
 
 
 if __name__ == "__main__":

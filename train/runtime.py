@@ -121,6 +121,9 @@ def configure_logging(run_dir: Path, ranks: Ranks) -> Console:
     file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     console = Console(enabled=ranks.rank == 0)
     root = logging.getLogger()
+    for earlier in root.handlers:  # of a run before this one, in the same process
+        if isinstance(earlier, LogFile):
+            earlier.close()
     root.handlers = [file, console]
     root.setLevel(logging.WARNING)
     for package in ("pipelines", "model", "train"):

@@ -31,8 +31,8 @@ class SimCLR(Method):
             raise ValueError(f"SimCLR takes {self.num_views} views of each image, got {len(views)}")
         return list(self.projection_head(self.encoder(torch.cat(views))).chunk(2))
 
-    def loss(self, projections: list[Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """See `Method.loss`; the metrics are explained at `ContrastiveLoss` and `projection_std`."""
+    def loss(self, projections: list[Tensor], labels: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+        """See `Method.loss`; without labels. The metrics are explained at `ContrastiveLoss` and `projection_std`."""
         loss, metrics = self.contrastive_loss(*projections)
         return loss, metrics | {"projection_std": projection_std(torch.cat(projections))}
 

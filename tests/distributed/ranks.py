@@ -16,10 +16,11 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+PATIENCE_S = 800  # the time limit of a test comes first, and shows where it stood
 ENDED_BY_US = (-signal.SIGTERM, -signal.SIGKILL)
 
 
-def run_ranks(fn, world_size, *args, timeout_s=120):
+def run_ranks(fn, world_size, *args, timeout_s=PATIENCE_S):
     """Run `fn(rank, *args)` in `world_size` processes of one gloo group; the results stand in rank order.
 
     Raises:

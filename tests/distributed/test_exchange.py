@@ -11,7 +11,7 @@ from model import collectives
 from model.exchange import block_starts, check_exchange, gathered, ring
 from model.ntxent.loss import nt_xent
 from model.ntxent.reference import nt_xent_reference
-from tests.distributed.ranks import run_ranks
+from tests.distributed.ranks import PATIENCE_S, run_ranks
 from tests.model.test_ntxent import LargestTensor, gradients, projections
 
 GROUPS = ([0], [3], [1, 3], [2, 3], [0, 2, 3], [1, 2, 3], [0, 1, 2, 3])
@@ -88,7 +88,7 @@ def check_rows_are_passed_while_the_caller_computes(group, ranks):
         next(blocks)
     for turn in range(1, len(ranks)):
         coming, expected = blocks.gi_frame.f_locals["coming"], tensors_of(ranks[(place - turn) % len(ranks)])
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + PATIENCE_S
         while not all(map(torch.equal, coming, expected)):
             assert time.monotonic() < deadline
             time.sleep(0.001)

@@ -249,4 +249,4 @@ def test_lars_is_exact_at_every_stage_and_its_checkpoints_go_on_at_any(tmp_path)
     """On 4 ranks, then on 1, 2 and 3, each of which goes on with what those before have written."""
     simclr_expected = simclr_in_one_process()
     for world_size in WORLD_SIZES:
-        run_ranks(check_everything, world_size, tmp_path, simclr_expected, timeout_s=240)
+        run_ranks(check_everything, world_size, tmp_path, simclr_expected)

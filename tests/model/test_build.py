@@ -52,5 +52,5 @@ def test_bad_temperature_is_named(temperature):
 
 
 def test_unknown_method_is_named():
-    with pytest.raises(ValueError, match=r"`model.method` must be 'simclr', got 'magic'"):
+    with pytest.raises(ValueError, match=r"`model.method` must be one of simclr, supervised, distill, got 'magic'"):
         ModelConfig(method="magic")

@@ -44,7 +44,14 @@ def test_dense_weights_start_small():
     assert head.layers[0][0].weight.std().item() == pytest.approx(0.01, rel=0.01)
 
 
-@pytest.mark.parametrize("name", ["num_layers", "out_dim", "hidden_dim"])
-def test_bad_configs_are_named(name):
-    with pytest.raises(ValueError, match=rf"`model.projection_head.{name}` must be .*at least 1, got 0"):
-        ProjectionHeadConfig(**{name: 0})
+def test_without_layers_z_is_h():
+    head = ProjectionHead(7, ProjectionHeadConfig(num_layers=0, out_dim=3))
+    h = torch.randn(5, 7)
+    assert torch.equal(head(h), h)
+    assert list(head.parameters()) == []
+
+
+@pytest.mark.parametrize(("name", "low"), [("num_layers", 0), ("out_dim", 1), ("hidden_dim", 1)])
+def test_bad_configs_are_named(name, low):
+    with pytest.raises(ValueError, match=rf"`model.projection_head.{name}` must be .*at least {low}, got {low - 1}"):
+        ProjectionHeadConfig(**{name: low - 1})

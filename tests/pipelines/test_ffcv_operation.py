@@ -39,7 +39,7 @@ def batches():
 
 def run(code, *arguments):
     command = [sys.executable, "-c", COMMON + textwrap.dedent(code), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=100, check=False)
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
 
 
 @pytest.mark.parametrize("output", ["crops", "views"])

@@ -13,7 +13,8 @@ import time
 from multiprocessing import forkserver
 from pathlib import Path
 
-from tests.reliability.processes import free_port
+from tests.reliability.held import hold_as_told
+from tests.reliability.processes import PATIENCE_S, free_port
 from tests.train.runs import ROOT, environment, pretrain
 
 PRELOADED = ["torch", "torchvision", "deepspeed", "numba", "jsonargparse", "tqdm", "torch.utils.tensorboard"]
@@ -57,7 +58,7 @@ class Forked:
     def running(self):
         return self.process.exitcode is None
 
-    def end(self, timeout_s=120):
+    def end(self, timeout_s=PATIENCE_S):
         """Wait for it; returns the exit code."""
         self.process.join(timeout_s)
         assert self.process.exitcode is not None, f"did not end:\n{self.text()[-4000:]}"
@@ -83,19 +84,32 @@ def _begin(output, variables, work, arguments):
 
 
 def run_script(words):
+    hold_as_told()
     sys.argv = words
     runpy.run_path(words[0], run_name="__main__")
 
 
 class Run:
-    """The ranks of one start of the script; a context manager that leaves none behind."""
+    """The ranks of one start of the script; a context manager that leaves none behind.
 
-    def __init__(self, runs_dir, data, *overrides, world_size=2):
+    Args:
+        runs_dir, data, overrides: as `pretrain` takes them.
+        world_size: number of ranks.
+        hold: the `Hold` that stops it at some steps.
+        outputs: folder for what the ranks print; default: `runs_dir`.
+    """
+
+    def __init__(self, runs_dir, data, *overrides, world_size=2, hold=None, outputs=None):
         words = [str(word) for word in pretrain(runs_dir, data, *overrides, launcher=())]
         port = free_port()
         self.run_dir = Path(runs_dir, "run")
         self.ranks = [
-            Forked(Path(runs_dir, f"output-{rank}"), variables_of(rank, world_size, port), run_script, words)
+            Forked(
+                Path(outputs or runs_dir, f"output-{rank}"),
+                variables_of(rank, world_size, port) | (hold.variables if hold else {}),
+                run_script,
+                words,
+            )
             for rank in range(world_size)
         ]
 
@@ -106,7 +120,7 @@ class Run:
         for rank in self.ranks:
             rank.kill()
 
-    def wait_for(self, condition, timeout_s=120):
+    def wait_for(self, condition, timeout_s=PATIENCE_S):
         """Until `condition()` holds; all ranks must live as long."""
         deadline = time.monotonic() + timeout_s
         while not condition():

@@ -73,7 +73,7 @@ def two_hosts():
 
 
 def ip(*words):
-    subprocess.run(["ip", *words], check=True, capture_output=True, timeout=30)
+    subprocess.run(["ip", *words], check=True, capture_output=True)
 
 
 def torchrun(host, port, num_ranks=1):
@@ -88,7 +88,7 @@ def deepspeed(host, port, hostfile):
     return (BIN / "deepspeed", "--hostfile", hostfile, "--no_ssh", "--node_rank", host, *addresses)
 
 
-def plain(rank, port, master=ADDRESSES[0], local_rank=0, local_world_size=1):
+def plain(rank, port):
     """No launcher: the environment of one of two ranks."""
-    values = {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": local_rank, "LOCAL_WORLD_SIZE": local_world_size}
-    return {name: str(value) for name, value in (values | {"MASTER_ADDR": master, "MASTER_PORT": port}).items()}
+    values = {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1, "MASTER_PORT": port}
+    return {name: str(value) for name, value in values.items()} | {"MASTER_ADDR": ADDRESSES[0]}

@@ -5,7 +5,8 @@ import signal
 from contextlib import suppress
 from pathlib import Path
 
-from tests.reliability.processes import free_port, kill_stragglers, ranks_of, wait_for
+from tests.reliability import held
+from tests.reliability.processes import PATIENCE_S, free_port, kill_stragglers, ranks_of, wait_for
 from tests.train.runs import BIN, deepspeed, finish, pretrain, start
 
 
@@ -18,11 +19,12 @@ def deepspeed_launcher():
 
 
 class Launched:
-    """One start of the script under a launcher; a context manager that leaves no process behind."""
+    """One start of the script under a launcher, held by `hold`; a context manager that leaves no process behind."""
 
-    def __init__(self, runs_dir, data, *overrides, launcher):
+    def __init__(self, runs_dir, data, *overrides, launcher, hold):
         self.runs_dir, self.run_dir = Path(runs_dir), Path(runs_dir, "run")
-        self.process = start(pretrain(runs_dir, data, *overrides, launcher=launcher), start_new_session=True)
+        command = pretrain(runs_dir, data, *overrides, launcher=(*launcher, held.SCRIPT))
+        self.process = start(command, hold.variables, start_new_session=True)
 
     def __enter__(self):
         return self
@@ -32,7 +34,7 @@ class Launched:
         for pipe in (self.process.stdout, self.process.stderr):
             pipe.close()
 
-    def wait_for(self, condition, timeout_s=120):
+    def wait_for(self, condition, timeout_s=PATIENCE_S):
         wait_for(condition, self.process, timeout_s)
 
     def send_rank(self, rank, number):
@@ -45,7 +47,7 @@ class Launched:
         kill_stragglers(self.runs_dir)
         self.process.wait()
 
-    def end(self, timeout_s=120):
+    def end(self, timeout_s=PATIENCE_S):
         """Wait for the launcher; returns its exit code and the lines that told the user of an error."""
         code, _, err = finish(self.process, timeout_s)
         return code, [line for line in err.splitlines() if line.startswith("error: ")]

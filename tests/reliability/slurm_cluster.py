@@ -1,14 +1,19 @@
 """A Slurm of one node while a test runs: munged, slurmctld and slurmd of this machine, in a folder of their own."""
 
 import os
+import random
 import shutil
 import socket
 import subprocess
 import time
 from contextlib import contextmanager
+from datetime import datetime, timedelta
 from pathlib import Path
 
+from tests.reliability.processes import PATIENCE_S, free_port
+
 DAEMONS = ("munged", "slurmctld", "slurmd")
+STARTED = ("RUNNING", "COMPLETED", "FAILED")
 
 
 def why_not():
@@ -36,7 +41,7 @@ class SlurmCluster:
             env=(environment or os.environ) | self.environment,
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=PATIENCE_S,
             check=False,
         )
         assert done.returncode == 0, (words, done.stdout, done.stderr)
@@ -50,17 +55,26 @@ class SlurmCluster:
     def start_again(self, number, explain):
         """A job that was put back into the queue waits for two minutes; not this one.
 
-        Asked for until it runs: Slurm sets that time only when the last of the job's processes is gone.
+        Slurm sets that time only when the last of the job's processes is gone, so it is looked at until the job runs.
+        Two seconds have to pass: a job that begins within the very second in which it was ended is refused by its node
+        ("already killed, do not launch batch job"), and given up.
         """
 
         def runs():
-            if self.job(number)["JobState"] != "PENDING":
+            known = self.job(number)
+            if known["JobState"] in STARTED:
                 return True
-            words = ["scontrol", "update", f"JobId={number}", "StartTime=now"]
-            subprocess.run(words, env=os.environ | self.environment, capture_output=True, timeout=60, check=False)
+            if starts_later_than(known["StartTime"], seconds=3):
+                words = ["scontrol", "update", f"JobId={number}", "StartTime=now+2"]
+                subprocess.run(words, env=os.environ | self.environment, capture_output=True, check=False)
             return False
 
         wait_until(runs, explain)
+
+
+def starts_later_than(time_told, *, seconds):
+    """Whether a time as Slurm tells it is so far ahead."""
+    return time_told != "Unknown" and datetime.fromisoformat(time_told) > datetime.now() + timedelta(seconds=seconds)
 
 
 @contextmanager
@@ -101,7 +115,7 @@ def slurm_cluster(folder, log):
         finally:
             for daemon in reversed(daemons):
                 daemon.terminate()
-                daemon.wait(30)
+                daemon.wait(PATIENCE_S)
 
 
 def end_jobs(cluster, explain):
@@ -111,7 +125,7 @@ def end_jobs(cluster, explain):
     wait_until(lambda: not cluster.command("squeue", "--noheader"), explain)
 
 
-def wait_until(condition, explain=lambda: "", timeout_s=200):
+def wait_until(condition, explain=lambda: "", timeout_s=PATIENCE_S):
     """`explain()`: what is told where the time runs out."""
     deadline = time.monotonic() + timeout_s
     while not condition():
@@ -149,13 +163,9 @@ def configuration(folder, host, munge_socket):
         "SlurmdParameters": "config_overrides",  # the node has as many cores as is said here
         "MpiDefault": "none",
         "ReturnToService": 2,
+        "KillWait": PATIENCE_S,  # a job that is told to end has all the time that it needs
+        "FirstJobId": random.randrange(1, 12_000),  # the ranks' port follows from it: not that of another test
     }
     lines = [f"{name}={value}" for name, value in values.items()]
     lines += [f"NodeName={host} NodeAddr=127.0.0.1 CPUs=4 State=UNKNOWN", f"PartitionName=all Nodes={host} Default=YES"]
     return "\n".join(lines) + "\n"
-
-
-def free_port():
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return server.getsockname()[1]

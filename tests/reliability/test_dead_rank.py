@@ -6,25 +6,21 @@ import signal
 import pytest
 
 from tests.reliability.forked import KILLED, Run
+from tests.reliability.held import Hold
 from tests.reliability.launched import Launched, deepspeed_launcher
 from tests.reliability.record import record
 from tests.reliability.whole_run import OPTIONS, STEPS, assert_as_uninterrupted, last_step, steps_told, whole_run
 from train.cli import EXIT_RESUMABLE
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(900)]
 
-EACH = 6  # steps between two deaths
+EACH = 6  # steps between two deaths, at least
 CHECKPOINT_EVERY = 4
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     return whole_run(tmp_path_factory)
-
-
-def wait_for_steps(run):
-    wanted = steps_told(run.run_dir) + EACH
-    run.wait_for(lambda: steps_told(run.run_dir) >= wanted)
 
 
 def assert_names(line, rank, step):
@@ -39,21 +35,27 @@ def test_a_rank_that_dies_is_named_and_the_same_command_goes_on(whole, tmp_path)
     data, whole_dir = whole
     options = (*OPTIONS, f"--train.checkpoint_every={CHECKPOINT_EVERY}")
     lost = []
+    told = 0  # steps
     for victim in (1, 0):
-        with Run(tmp_path, data, *options) as run:
-            wait_for_steps(run)
+        hold = Hold(tmp_path, told + EACH + 1)
+        with Run(tmp_path, data, *options, hold=hold) as run:
+            run.wait_for(lambda wanted=told + EACH: steps_told(run.run_dir) >= wanted)
             run.ranks[victim].send(signal.SIGKILL)
+            hold.release()
             codes = run.end()
         assert codes[victim] == KILLED
         assert codes[1 - victim] == EXIT_RESUMABLE
         (line,) = run.errors()
-        assert_names(line, victim, steps_told(run.run_dir))
-        lost.append(steps_told(run.run_dir) - last_step(run.run_dir))
+        told = steps_told(run.run_dir)
+        assert_names(line, victim, told)
+        lost.append(told - last_step(run.run_dir))
         assert_as_uninterrupted(run.run_dir, whole_dir)
 
-    with Launched(tmp_path, data, *options, launcher=deepspeed_launcher()) as launched:
-        wait_for_steps(launched)
+    hold = Hold(tmp_path, told + EACH + 1)
+    with Launched(tmp_path, data, *options, launcher=deepspeed_launcher(), hold=hold) as launched:
+        launched.wait_for(lambda: steps_told(run.run_dir) >= told + EACH)
         launched.send_rank(1, signal.SIGKILL)
+        hold.release()
         code, errors = launched.end()
     assert code != 0
     assert len(errors) <= 1
@@ -63,7 +65,7 @@ def test_a_rank_that_dies_is_named_and_the_same_command_goes_on(whole, tmp_path)
         run.assert_done()
     assert last_step(run.run_dir) == STEPS
     assert_as_uninterrupted(run.run_dir, whole_dir)
-    assert max(lost) <= CHECKPOINT_EVERY
+    assert max(lost) < 2 * CHECKPOINT_EVERY  # the last one may not have been on the disk yet
     record(
         fault="a rank dies",
         done="SIGKILL of rank 1, of rank 0, of rank 1 under deepspeed, and the same command again",

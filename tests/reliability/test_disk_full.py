@@ -2,160 +2,124 @@
 
 import re
 import shutil
-import signal
 import time
-from contextlib import contextmanager
 
 import pytest
 
 from tests.pipelines.betons import make_beton
 from tests.reliability.checkpoint_writers import state
 from tests.reliability.file_systems import fill, mounted, tmpfs
-from tests.reliability.processes import assert_same_state, curve, kill_stragglers, last_state, wait_for
+from tests.reliability.forked import Run
+from tests.reliability.held import Hold
+from tests.reliability.processes import PATIENCE_S, assert_same_state, curve, last_state
 from tests.reliability.record import record
-from tests.train.runs import finish, pretrain, start
 from train.checkpoint import checkpoint_path, list_checkpoints, load_checkpoint
 from train.checkpoint_keeping import KeepConfig, newest_whole_checkpoint
 from train.checkpoint_writer import CheckpointWriter
+from train.cli import EXIT_BAD_INPUT, EXIT_FAILED
 
 DISK_KIB = 4000
 ROOM_FOR_LOGS = 250_000  # of bytes: a checkpoint of 680 kB does not fit
-STEPS_PER_EPOCH = 20
-OPTIONS = ("--train.epochs=12", "--train.keep_checkpoints=1", "--train.log_every=5")
+STEPS_PER_EPOCH = 20  # and a checkpoint at the end of each
+OPTIONS = ("--train.epochs=12", "--train.keep_checkpoints=1")
 
 
-def fill_between_saves(disk, process):
-    """Take the room that a checkpoint needs, while one file is there, whole, and nothing else is being written."""
-    while True:
-        wait_for(lambda: num_files(disk) == 1, process)
-        with paused(process):
-            if num_files(disk) == 1:
-                fill(disk, leave=ROOM_FOR_LOGS)
-                return
-
-
-def num_files(disk):
-    return len(list((disk / "run" / "checkpoints").iterdir()))
-
-
-@contextmanager
-def paused(process):
-    process.send_signal(signal.SIGSTOP)
-    try:
-        yield
-    finally:
-        process.send_signal(signal.SIGCONT)
-
-
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("started_when_full", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_run_on_a_disk_that_fills_up(tmp_path, started_when_full):
     data = make_beton(tmp_path / "data", [(24, 20)] * 16 * STEPS_PER_EPOCH, encode="raw").path
-    with tmpfs(tmp_path / "disk", DISK_KIB) as disk:
-        undisturbed = start(pretrain(tmp_path / "other", data, *OPTIONS))
-        command = pretrain(disk, data, *OPTIONS)
-        process = start(command)
-        try:
-            check_one_failure_is_a_warning(disk, process)
-            stopped_at = check_three_failures_stop_the_run(disk, process)
-            if started_when_full:
-                check_a_start_on_a_full_disk(disk, command)
-            check_a_write_of_metrics_that_fails(disk, command)
-            (disk / "ballast").unlink()
-            process = start(command)
-            code, _, err = finish(process)
-            assert code == 0, err
-            code, _, err = finish(undisturbed)
-            assert code == 0, err
-            assert_same_state(last_state(disk / "run"), last_state(tmp_path / "other" / "run"))
-            assert curve(disk / "run") == curve(tmp_path / "other" / "run")
-        finally:
-            for runs_dir in (disk, tmp_path / "other"):
-                kill_stragglers(runs_dir)
-            for one in (process, undisturbed):
-                one.kill()
-                one.communicate()
+    other = tmp_path / "other"
+    other.mkdir()
+    with tmpfs(tmp_path / "disk", DISK_KIB) as disk, Run(other, data, *OPTIONS, world_size=1) as undisturbed:
+
+        def start(hold=None):
+            return Run(disk, data, *OPTIONS, world_size=1, hold=hold, outputs=tmp_path)
+
+        hold = Hold(tmp_path, 25, 45, 65)
+        with start(hold) as run:
+            check_one_failure_is_a_warning(disk, run, hold)
+            lost = check_three_failures_stop_the_run(disk, run, hold)
+        if started_when_full:
+            check_a_start_on_a_full_disk(disk, start)
+        check_a_write_of_metrics_that_fails(disk, start, Hold(tmp_path, 85))
+        (disk / "ballast").unlink()
+        with start() as run:
+            run.assert_done()
+        undisturbed.assert_done()
+        assert_same_state(last_state(run.run_dir), last_state(undisturbed.run_dir))
+        assert curve(run.run_dir) == curve(undisturbed.run_dir)
     record(
         fault="disk full",
         done="no room for a checkpoint, for one save, then for three; then no room at all; then room again",
         runs=3 + started_when_full,
-        lost_steps=stopped_at,
+        lost_steps=lost,
         result="a warning and on; stopped by the third, exit code 1, and by metrics, exit code 2, in one line each; "
         "resumed bit-equal to the undisturbed run",
     )
 
 
-def steps(run_dir):
-    return [int(path.stem.removeprefix("step-")) for path in list_checkpoints(run_dir)]
+def wait_until_held(run, hold, step):
+    """And until nothing is being written: the last checkpoint, which is at the end of the epoch before, is there."""
+    saved = [checkpoint_path(run.run_dir, step - step % STEPS_PER_EPOCH)]
+    run.wait_for(lambda: hold.reached(step) and list((run.run_dir / "checkpoints").iterdir()) == saved)
 
 
-def log_of(disk):
-    path = disk / "run" / "train.log"
-    return path.read_text() if path.exists() else ""
-
-
-def wait_for_checkpoint_after(step, disk, process):
-    wait_for(lambda: max(steps(disk / "run"), default=0) > step, process)
-
-
-def check_one_failure_is_a_warning(disk, process):
-    wait_for_checkpoint_after(0, disk, process)
-    fill_between_saves(disk, process)
-    before = max(steps(disk / "run"))
-    wait_for(lambda: "could not be written" in log_of(disk), process)
-    with paused(process):
-        (disk / "ballast").unlink()
-    assert re.search(
-        r"WARNING train\.checkpoint_writer: checkpoint \S+step-\d+\.safetensors could not be written "
-        r"\(No space left on device\); the previous one is untouched; training goes on "
-        r"\(failure 1, 3 in a row end the run\)\n",
-        log_of(disk),
-    )
-    wait_for_checkpoint_after(before, disk, process)
-
-
-def check_three_failures_stop_the_run(disk, process):
-    """Returns how many steps are lost."""
-    fill_between_saves(disk, process)
-    code, _, err = finish(process)
-    newest = max(steps(disk / "run"))
-    errors = [line for line in err.splitlines() if line.startswith("error: ")]
-    assert code == 1, err
-    assert len(errors) == 1
-    assert errors[0].startswith("error: 3 checkpoints in a row failed: checkpoint ")
-    assert "Traceback" not in err
-    assert "Logging error" not in err
-    failed = int(re.search(r"step-0*(\d+)\.safetensors could not be written", errors[0])[1])
-    assert failed == newest + 3 * STEPS_PER_EPOCH
-    assert newest_whole_checkpoint(disk / "run")[1].position["step"] == newest
-    return failed - newest
-
-
-def check_a_start_on_a_full_disk(disk, command):
-    before = {path: path.read_bytes() for path in list_checkpoints(disk / "run")}
-    fill(disk, leave=0)
-    code, _, err = finish(start(command))
-    assert code != 0
-    errors = [line for line in err.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1
-    assert "No space left on device" in errors[0]
-    assert "Traceback" not in err
-    assert {path: path.read_bytes() for path in list_checkpoints(disk / "run")} == before
-
-
-def check_a_write_of_metrics_that_fails(disk, command):
-    """Which file is the first to fail is chance, TensorBoard's or the lines themselves; the one line is the same."""
+def check_one_failure_is_a_warning(disk, run, hold):
+    wait_until_held(run, hold, 25)
+    fill(disk, leave=ROOM_FOR_LOGS)
+    hold.release(25)
+    log = run.run_dir / "train.log"
+    run.wait_for(lambda: hold.reached(45) and "could not be written" in log.read_text())
     (disk / "ballast").unlink()
-    process = start(command)
-    newest = max(steps(disk / "run"))
-    wait_for_checkpoint_after(newest, disk, process)
-    with paused(process):
+    assert re.findall("WARNING .*", log.read_text()) == [
+        f"WARNING train.checkpoint_writer: checkpoint {checkpoint_path(run.run_dir, 40)} could not be written "
+        "(No space left on device); the previous one is untouched; training goes on "
+        "(failure 1, 3 in a row end the run)"
+    ]
+    hold.release(45)
+
+
+def check_three_failures_stop_the_run(disk, run, hold):
+    """Returns how many steps are lost."""
+    wait_until_held(run, hold, 65)
+    fill(disk, leave=ROOM_FOR_LOGS)
+    hold.release(65)
+    assert run.end() == [EXIT_FAILED], run.told()
+    (error,) = run.errors()
+    failed, saved = checkpoint_path(run.run_dir, 120), checkpoint_path(run.run_dir, 60)
+    assert error.startswith(f"error: 3 checkpoints in a row failed: checkpoint {failed} could not be written")
+    assert "Traceback" not in run.told()
+    assert "Logging error" not in run.told()
+    assert list((run.run_dir / "checkpoints").iterdir()) == [saved]
+    assert newest_whole_checkpoint(run.run_dir)[1].position["step"] == 60
+    return 120 - 60
+
+
+def check_a_start_on_a_full_disk(disk, start):
+    fill(disk, leave=0)
+    with start() as run:
+        before = {path: path.read_bytes() for path in list_checkpoints(run.run_dir)}
+        assert run.end() != [0]
+    (error,) = run.errors()
+    assert "No space left on device" in error
+    assert "Traceback" not in run.told()
+    assert {path: path.read_bytes() for path in list_checkpoints(run.run_dir)} == before
+
+
+def check_a_write_of_metrics_that_fails(disk, start, hold):
+    """Which file is the first to fail is chance, TensorBoard's or the lines themselves; the one line is the same.
+
+    Either needs room for the lines of an epoch: before a third checkpoint fails.
+    """
+    (disk / "ballast").unlink()
+    with start(hold) as run:
+        wait_until_held(run, hold, 85)
         fill(disk, leave=0)
-    code, _, err = finish(process)
-    errors = [line for line in err.splitlines() if line.startswith("error: ")]
-    assert code == 2, err
-    assert len(errors) == 1
-    assert "cannot be written (No space left on device); make room and start the same command again" in errors[0]
-    assert "Traceback" not in err
+        hold.release()
+        assert run.end() == [EXIT_BAD_INPUT], run.told()
+    (error,) = run.errors()
+    assert "cannot be written (No space left on device); make room and start the same command again" in error
+    assert "Traceback" not in run.told()
 
 
 # Folders that cannot be written, under the writer alone
@@ -231,7 +195,7 @@ def test_a_disk_too_small_for_a_checkpoint_keeps_the_one_before_at_every_size(tm
 
 
 def wait_until(condition):
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + PATIENCE_S
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.005)

@@ -37,7 +37,7 @@ VALUES = (
     '""',
 )
 NUM_CASES = 400
-LIMIT_S = 20.0  # for what takes milliseconds
+LIMIT_S = 20.0  # of a core, for what takes milliseconds
 
 
 def changed_text(rng, text):
@@ -59,13 +59,13 @@ def changed_text(rng, text):
 
 def refusal(work, error):
     """The line that it was refused with, or None; what else comes out is for the test to fail at."""
-    begin, message = time.monotonic(), None
+    begin, message = time.process_time(), None
     try:
         work()
     except error as refused:
         message = str(refused)
     assert "\n" not in (message or "")
-    assert time.monotonic() - begin < LIMIT_S
+    assert time.process_time() - begin < LIMIT_S
     return message
 
 
@@ -108,10 +108,10 @@ LAUGHS = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
     ],
 )
 def test_yaml_is_plain_or_refused(text, reason):
-    begin = time.monotonic()
+    begin = time.process_time()
     with pytest.raises(yaml.YAMLError, match=reason):
         load_plain_yaml(text)
-    assert time.monotonic() - begin < LIMIT_S
+    assert time.process_time() - begin < LIMIT_S
 
 
 def test_plain_yaml_is_what_yaml_says():

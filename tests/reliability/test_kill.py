@@ -7,11 +7,12 @@ import time
 import pytest
 
 from tests.reliability.forked import KILLED, Run
+from tests.reliability.held import Hold
 from tests.reliability.launched import Launched, deepspeed_launcher, torchrun
 from tests.reliability.record import record
 from tests.reliability.whole_run import OPTIONS, STEPS, assert_as_uninterrupted, last_step, steps_told, whole_run
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(900)]
 
 CHECKPOINT_EVERY = 7
 
@@ -27,9 +28,13 @@ def test_killed_anywhere_the_run_goes_on_as_if_it_had_not_been(whole, tmp_path):
     options = (*OPTIONS, f"--train.checkpoint_every={CHECKPOINT_EVERY}")
     lost = []
 
-    def wait_and_kill(run, kill):
-        wanted = steps_told(run.run_dir) + moments.randint(1, 7)
-        run.wait_for(lambda: steps_told(run.run_dir) >= wanted)
+    def start(kind, **launcher):
+        """Returns a step that it will come to, and the run, which stands still some steps later."""
+        step = steps_told(tmp_path / "run") + moments.randint(1, 7)
+        return step, kind(tmp_path, data, *options, **launcher, hold=Hold(tmp_path, step + 7))
+
+    def wait_and_kill(step, run, kill):
+        run.wait_for(lambda: steps_told(run.run_dir) >= step)
         time.sleep(moments.uniform(0.0, 0.1))  # somewhere in a step
         kill()
         lost.append(steps_told(run.run_dir) - last_step(run.run_dir))
@@ -37,18 +42,20 @@ def test_killed_anywhere_the_run_goes_on_as_if_it_had_not_been(whole, tmp_path):
             assert_as_uninterrupted(run.run_dir, whole_dir)
 
     for launcher in (deepspeed_launcher(), torchrun()):
-        with Launched(tmp_path, data, *options, launcher=launcher) as run:
-            wait_and_kill(run, run.kill)
+        step, launched = start(Launched, launcher=launcher)
+        with launched as run:
+            wait_and_kill(step, run, run.kill)
     for _ in range(3):
-        with Run(tmp_path, data, *options) as run:
-            wait_and_kill(run, lambda run=run: run.send(signal.SIGKILL))
+        step, run = start(Run)
+        with run:
+            wait_and_kill(step, run, lambda run=run: run.send(signal.SIGKILL))
             assert run.end() == [KILLED, KILLED]
     with Run(tmp_path, data, *options) as run:
         run.assert_done()
     assert last_step(run.run_dir) == STEPS
     assert_as_uninterrupted(run.run_dir, whole_dir)
     assert "resuming from" in (run.run_dir / "train.log").read_text()
-    assert max(lost) <= CHECKPOINT_EVERY
+    assert max(lost) < 2 * CHECKPOINT_EVERY  # the last one may not have been on the disk yet
     record(
         fault="SIGKILL of launcher and ranks",
         done=f"2 ranks with everything on (average, probe, micro-batches, ZeRO 2), killed {len(lost)} times at random "

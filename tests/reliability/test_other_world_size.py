@@ -7,12 +7,13 @@ import torch
 
 from tests.pipelines.betons import make_beton
 from tests.reliability.forked import Run
+from tests.reliability.held import Hold
 from tests.reliability.processes import curve, last_state
 from tests.reliability.record import record
 from tests.reliability.whole_run import last_step, steps_told
 from train.cli import EXIT_RESUMABLE
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(900)]
 
 STEPS = 20  # 4 epochs of 5 batches of 64
 # As in tests/train/test_exact_runs.py, which says why: a low rate and not too small a network, lest rounding grow.
@@ -29,11 +30,12 @@ def test_a_run_goes_on_with_one_rank_and_with_four(tmp_path):
     with Run(whole_dir, data, *OPTIONS, *STATE, world_size=1) as whole:
         whole.assert_done()
     for world_size, stop in STOPS.items():
-        with Run(tmp_path, data, *OPTIONS, *STATE, world_size=world_size) as run:
-            run.wait_for(lambda run=run, stop=stop: steps_told(run.run_dir) >= stop)
+        hold = Hold(tmp_path, stop)
+        with Run(tmp_path, data, *OPTIONS, *STATE, world_size=world_size, hold=hold) as run:
+            run.wait_for(lambda hold=hold, stop=stop: hold.reached(stop))
             run.send(signal.SIGTERM)
             assert run.end() == [EXIT_RESUMABLE] * world_size
-        assert stop <= last_step(run.run_dir) == steps_told(run.run_dir) < STEPS
+        assert stop <= last_step(run.run_dir) == steps_told(run.run_dir) <= stop + 1
     with Run(tmp_path, data, *OPTIONS, *STATE, world_size=4) as run:
         run.assert_done()
 

@@ -110,7 +110,7 @@ def check_permissions(run_dir):
 
 def test_a_run_whose_file_is_cut_ends_in_a_line(tmp_path):
     path = make_beton(tmp_path, [(24, 24)] * 32, encode="raw").path
-    command = pretrain(tmp_path / "runs", path, "--train.epochs=500", "--train.keep_checkpoints=1000")
+    command = pretrain(tmp_path / "runs", path, "--train.epochs=100000")
     run_dir = tmp_path / "runs" / "run"
     process = start(command, umask=0o022)
     try:

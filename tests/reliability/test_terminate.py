@@ -5,12 +5,13 @@ import signal
 import pytest
 
 from tests.reliability.forked import Run
+from tests.reliability.held import Hold
 from tests.reliability.launched import Launched, deepspeed_launcher, torchrun
 from tests.reliability.record import record
 from tests.reliability.whole_run import OPTIONS, STEPS, assert_as_uninterrupted, last_step, steps_told, whole_run
 from train.cli import EXIT_INTERRUPTED, EXIT_RESUMABLE
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(900)]
 
 EACH = 3  # steps between two signals
 
@@ -20,9 +21,10 @@ def whole(tmp_path_factory):
     return whole_run(tmp_path_factory)
 
 
-def wait_for_steps(run):
-    wanted = steps_told(run.run_dir) + EACH
-    run.wait_for(lambda: steps_told(run.run_dir) >= wanted)
+def steps_ahead(folder):
+    """A step, and the `Hold` that stops a run there."""
+    step = steps_told(folder / "run") + EACH
+    return step, Hold(folder, step)
 
 
 def assert_stopped(run_dir, whole_dir, errors, name):
@@ -35,22 +37,30 @@ def assert_stopped(run_dir, whole_dir, errors, name):
 
 def check_ranks(data, whole_dir, folder, number, receivers, code):
     """Without a launcher, `receivers` take the signal."""
-    with Run(folder, data, *OPTIONS) as run:
-        wait_for_steps(run)
+    step, hold = steps_ahead(folder)
+    with Run(folder, data, *OPTIONS, hold=hold) as run:
+        run.wait_for(lambda: steps_told(run.run_dir) >= step - 1)
         for rank in receivers:
             run.ranks[rank].send(number)
+        hold.release()
         assert run.end() == [code, code]
     assert_stopped(run.run_dir, whole_dir, run.errors(), signal.Signals(number).name)
 
 
 def check_launcher(data, whole_dir, folder, launcher, send):
-    """Under a launcher: returns its exit code."""
-    with Launched(folder, data, *OPTIONS, launcher=launcher) as run:
-        wait_for_steps(run)
-        send(run)
+    """Under a launcher; a signal to rank 0 lets it go. Returns the launcher's exit code."""
+    step, hold = steps_ahead(folder)
+    with Launched(folder, data, *OPTIONS, launcher=launcher, hold=hold) as run:
+        run.wait_for(lambda: hold.reached(step))
+        send(run, hold)
         code, errors = run.end()
     assert_stopped(run.run_dir, whole_dir, errors, "SIGTERM")
     return code
+
+
+def signal_rank_1(run, hold):
+    run.send_rank(1, signal.SIGTERM)
+    hold.release()
 
 
 def test_a_signal_to_anyone_stops_the_run_with_a_checkpoint_of_that_step(whole, tmp_path):
@@ -59,9 +69,9 @@ def test_a_signal_to_anyone_stops_the_run_with_a_checkpoint_of_that_step(whole, 
     check_ranks(data, whole_dir, tmp_path, signal.SIGTERM, (1,), EXIT_RESUMABLE)
     check_ranks(data, whole_dir, tmp_path, signal.SIGINT, (0, 1), EXIT_INTERRUPTED)
 
-    code = check_launcher(data, whole_dir, tmp_path, torchrun(), lambda run: run.process.terminate())
+    code = check_launcher(data, whole_dir, tmp_path, torchrun(), lambda run, _: run.process.terminate())
     assert code != 0  # torchrun's own; that of its ranks is in its report
-    code = check_launcher(data, whole_dir, tmp_path, deepspeed_launcher(), lambda run: run.send_rank(1, signal.SIGTERM))
+    code = check_launcher(data, whole_dir, tmp_path, deepspeed_launcher(), signal_rank_1)
     assert code == EXIT_RESUMABLE
 
     with Run(tmp_path, data, *OPTIONS) as run:

@@ -19,7 +19,7 @@ import torch
 
 from tests.pipelines.betons import make_beton
 from tests.reliability.checkpoint_writers import save
-from tests.reliability.processes import assert_same_state, curve, last_state
+from tests.reliability.processes import PATIENCE_S, assert_same_state, curve, last_state
 from tests.reliability.record import record
 from tests.train.runs import finish, pretrain, start
 from train.checkpoint import (
@@ -188,7 +188,7 @@ def killed_at(process, name, count):
         pytest.skip(f"strace is not permitted: {tracer.stderr.read()}")
     os.kill(child, signal.SIGCONT)
     ended_by = int(process.stdout.readline())
-    tracer.communicate(timeout=60)
+    tracer.communicate()
     return ended_by == signal.SIGKILL
 
 
@@ -213,7 +213,7 @@ def test_a_writer_killed_at_any_moment_leaves_a_whole_file(tmp_path):
         process = context.Process(target=save_for_ever, args=(path,), daemon=True)
         path.unlink(missing_ok=True)
         process.start()
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + PATIENCE_S
         while not path.exists():
             assert time.monotonic() < deadline
             time.sleep(0.001)

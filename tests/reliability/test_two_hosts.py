@@ -9,7 +9,9 @@ import shutil
 import pytest
 
 from tests.pipelines.betons import make_beton
+from tests.reliability import held
 from tests.reliability import hosts as nodes
+from tests.reliability.forked import Run
 from tests.reliability.processes import (
     assert_same_state,
     curve,
@@ -20,14 +22,15 @@ from tests.reliability.processes import (
     wait_for,
 )
 from tests.reliability.record import record
-from tests.train.runs import finish, pretrain, start
+from tests.train.runs import finish, pretrain
 from train.cli import EXIT_RESUMABLE
 from train.metrics import read_metrics
 
-pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(900)]
 
 NUM_IMAGES = 320
 HANG_TIMEOUT_S = 20  # of the run that is cut off
+HELD_AT = 12  # there too
 SHIFT_S = 90  # of a clock
 OPTIONS = (
     "--train.epochs=4",
@@ -55,25 +58,27 @@ def runs_dir(tmp_path):
 
 
 def test_a_host_cut_off_is_named_and_the_run_goes_on_bit_for_bit(data, runs_dir):
-    reference = start_reference(runs_dir, data)
+    reference_dir = reference(runs_dir.parent / "reference", data)
     with nodes.two_hosts() as hosts:
-        running = start_by_deepspeed(hosts, runs_dir, data)
+        hold = held.Hold(runs_dir.parent, HELD_AT, hang_timeout_s=HANG_TIMEOUT_S)
+        running = start_by_deepspeed(hosts, runs_dir, data, hold)
         run_dir = runs_dir / "run"
-        wait_for(lambda: num_checkpoints(run_dir) >= 2, running[0], timeout_s=250)
+        wait_for(lambda: hold.reached(HELD_AT) and num_checkpoints(run_dir) == 2, running[0])
         hosts.cut_off(1)
+        hold.release()
         check_each_host_names_the_other_and_ends([finish(process) for process in running])
         lost_at, resumed_at = read_metrics(run_dir)[-1]["step"], last_state(run_dir).position["step"]
-        assert resumed_at < STEPS
+        assert resumed_at == 10 <= lost_at <= HELD_AT + 1
         hosts.join(1)
         port = free_port()
         again = [
             hosts.start(host, pretrain(runs_dir, data, *OPTIONS, launcher=nodes.torchrun(host, port)))
             for host in (0, 1)
         ]
-        finish_all([*again, *reference])
+        finish_all(again)
     assert last_state(run_dir).position["step"] == STEPS
-    assert_same_state(last_state(run_dir), last_state(runs_dir / "reference"))
-    assert curve(run_dir) == curve(runs_dir / "reference")
+    assert_same_state(last_state(run_dir), last_state(reference_dir))
+    assert curve(run_dir) == curve(reference_dir)
     record(
         fault="a host is cut off",
         done="two hosts (network namespaces, own addresses), `deepspeed --hostfile`; the cable of one pulled in the "
@@ -84,19 +89,22 @@ def test_a_host_cut_off_is_named_and_the_run_goes_on_bit_for_bit(data, runs_dir)
     )
 
 
-def start_reference(runs_dir, data):
+def reference(runs_dir, data):
     """The same run on one machine without a launcher."""
-    port, command = free_port(), pretrain(runs_dir, data, *OPTIONS, name="reference")
-    return [start(command, nodes.plain(rank, port, "127.0.0.1", rank, 2)) for rank in (0, 1)]
+    runs_dir.mkdir()
+    with Run(runs_dir, data, *OPTIONS) as run:
+        run.assert_done()
+    return run.run_dir
 
 
-def start_by_deepspeed(hosts, runs_dir, data):
+def start_by_deepspeed(hosts, runs_dir, data, hold):
     hostfile = runs_dir.parent / "hostfile"
     hostfile.write_text("".join(f"{address} slots=1\n" for address in nodes.ADDRESSES))
-    port, patience = free_port(), f"--train.hang_timeout_s={HANG_TIMEOUT_S}"
+    port = free_port()
+    launchers = [(*nodes.deepspeed(host, port, hostfile), held.SCRIPT) for host in (0, 1)]
     return [
-        hosts.start(host, pretrain(runs_dir, data, *OPTIONS, patience, launcher=nodes.deepspeed(host, port, hostfile)))
-        for host in (0, 1)
+        hosts.start(host, pretrain(runs_dir, data, *OPTIONS, launcher=launcher), hold.variables)
+        for host, launcher in enumerate(launchers)
     ]
 
 

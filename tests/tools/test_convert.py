@@ -373,13 +373,13 @@ class TestCommand:
         process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
         try:
             partial = tmp_path / "x.beton.partial"
-            deadline = time.monotonic() + 60
+            deadline = time.monotonic() + 200
             while not partial.exists() or partial.stat().st_size < 9 << 20:
                 assert process.poll() is None, process.stderr.read()
                 assert time.monotonic() < deadline
                 time.sleep(0.02)
             process.send_signal(stop)
-            assert process.wait(timeout=30) == code
+            assert process.wait() == code
             assert "Traceback" not in process.stderr.read()
         finally:
             process.kill()

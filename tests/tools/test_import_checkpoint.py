@@ -30,7 +30,7 @@ from tools.import_checkpoint import import_checkpoint
 from train.checkpoint import load_checkpoint
 from train.cli import RunFailed
 from train.config import config_from_dict
-from train.evaluation.features import build_encoder
+from train.evaluation.representation import build_encoder
 
 
 def torchvision_resnet(depth=18, num_classes=5):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
+PATIENCE_S = 800  # the time limit of a test comes first, and shows where it stood
 
 TINY = [
     "--augment.size=16",
@@ -50,7 +51,7 @@ def start(command, extra_environment=None, **options):
     )
 
 
-def finish(process, timeout_s=240):
+def finish(process, timeout_s=PATIENCE_S):
     """Wait; returns (exit code, stdout, stderr)."""
     out, err = process.communicate(timeout=timeout_s)
     return process.returncode, out, err

@@ -44,7 +44,7 @@ class Slopes(Method):
         parameters = torch.cat([parameter.flatten() for parameter in self.parameters()])
         return [parameters * views[0]]
 
-    def loss(self, projections):
+    def loss(self, projections, labels=None):
         return projections[0].sum(), {}
 
 

@@ -158,7 +158,7 @@ def test_a_machine_without_a_compiler_is_told_what_it_lacks(monkeypatch):
 @pytest.mark.distributed
 def test_two_ranks_as_one_graph():
     """Batch norm's collectives and all: no break, and the same order on both ranks. Without writing machine code."""
-    run_ranks(check_traced, 2, timeout_s=280)
+    run_ranks(check_traced, 2)
 
 
 def check_traced(rank):
@@ -173,7 +173,7 @@ def check_traced(rank):
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_two_ranks_compiled():
-    run_ranks(check_compiled, 2, timeout_s=280)
+    run_ranks(check_compiled, 2)
 
 
 def check_compiled(rank):

@@ -32,7 +32,10 @@ def test_what_is_written_is_read_back():
     ("arguments", "message"),
     [
         (["--name=run"], "the following arguments are required: data.path"),
-        ([*MINIMAL, "--model.method=simclear"], "`model.method` must be one of 'simclr', got simclear"),
+        (
+            [*MINIMAL, "--model.method=simclear"],
+            "`model.method` must be one of 'simclr', 'supervised', 'distill', got simclear",
+        ),
         ([*MINIMAL, "--model.temperature=-1"], "`model.temperature` must be a finite number > 0, got -1.0"),
         ([*MINIMAL, "--model.temperature=warm"], "`model.temperature` must be of type float, got warm"),
         (

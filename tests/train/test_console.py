@@ -12,12 +12,14 @@ import struct
 import subprocess
 import sys
 import termios
+import time
 from pathlib import Path
 
 import pytest
 
 from tests.pipelines.betons import make_beton
 from tests.reliability.forked import Run
+from tests.reliability.processes import PATIENCE_S
 from train.console import SETTLING_S, Console, Pace, duration, progress_line
 from train.metrics import METRICS_FILE
 
@@ -162,7 +164,7 @@ def on_a_terminal(columns):
     os.close(writer)
     received = b""
     while True:
-        select.select([reader], [], [], 60.0)
+        select.select([reader], [], [], PATIENCE_S)
         try:
             received += (chunk := os.read(reader, 4096))
         except OSError:  # EIO: the other end is closed
@@ -170,7 +172,7 @@ def on_a_terminal(columns):
         if not chunk:
             break
     os.close(reader)
-    assert process.wait(60) == 0
+    assert process.wait(PATIENCE_S) == 0
     return received.decode().replace("\r\n", "\n")
 
 
@@ -209,9 +211,10 @@ def test_the_script_in_a_file_and_on_a_terminal(tmp_path):
     beton = make_beton(tmp_path, [(24, 20)] * 48)
     damage(beton, 11)
     (tmp_path / "file").mkdir()
+    begin = time.monotonic()
     with Run(tmp_path / "file", beton.path, "--data.on_error=skip") as run:
         run.assert_done()
-    check_the_file(run)
+    check_the_file(run, time.monotonic() - begin)
     check_the_logs(run)
     check_the_metrics(run.run_dir)
 
@@ -227,13 +230,13 @@ def test_the_script_in_a_file_and_on_a_terminal(tmp_path):
     check_the_terminal(received)
 
 
-def check_the_file(run):
-    """Few and plain lines."""
+def check_the_file(run, seconds):
+    """Few and plain lines: of 9, the first, the last, and one each half a minute."""
     lines = [line for line in run.ranks[0].text().splitlines() if not line.startswith("WARNING: ")]
-    assert len(lines) == 2, lines  # of 9, within half a minute
+    assert 2 <= len(lines) <= 2 + seconds // 30, lines
     assert lines[0].startswith("epoch 1/3  step 1/9  loss ")
-    assert lines[1].startswith("epoch 3/3  step 9/9  loss ")
-    assert lines[1].endswith("  done")
+    assert lines[-1].startswith("epoch 3/3  step 9/9  loss ")
+    assert lines[-1].endswith("  done")
     assert run.ranks[0].text().replace("\n", "").isprintable()
     assert run.ranks[1].text() == ""  # the other rank leaves the console alone
 
@@ -254,7 +257,8 @@ def check_the_metrics(run_dir):
     for record in records:
         assert {"step", "epoch", "lr", "loss", "images_per_sec", "data_wait"} <= record.keys()
         assert record.keys() == records[0].keys()
-        assert 0.0 <= record["data_wait"] <= 1.0 < record["images_per_sec"]
+        assert 0.0 <= record["data_wait"] <= 1.0
+        assert record["images_per_sec"] > 0.0
 
 
 def check_the_terminal(received):

@@ -42,8 +42,8 @@ class Watched(Slopes):
 class Cliff(Slopes):
     """A finite loss whose gradient is NaN where the parameter is 0."""
 
-    def loss(self, projections):
-        loss, metrics = super().loss(projections)
+    def loss(self, projections, labels=None):
+        loss, metrics = super().loss(projections, labels)
         return loss + self.zeros.weight.abs().sqrt().sum(), metrics
 
 

@@ -1,72 +1,57 @@
-"""Which checkpoint of a run, and which of its weights, an evaluation takes: by the file it names and what it loads."""
-
-import json
+"""The network of a checkpoint is loaded strictly: the weights that are asked for, and none too many or too few."""
 
 import pytest
 import torch
 
-from model.build import ModelConfig, build_method
-from model.resnet import EncoderConfig
-from pipelines.augment import AugmentConfig
-from pipelines.build import DataConfig
-from tests.pipelines.betons import make_beton
-from train.checkpoint import Checkpoint, checkpoint_path, load_checkpoint, save_checkpoint
-from train.config import PretrainConfig, resolved_dict
-from train.evaluation.features import build_encoder
-from train.evaluation.run import EvaluateConfig, evaluate
-
-CONFIG = PretrainConfig(
-    name="run",
-    data=DataConfig(path="set.beton"),
-    augment=AugmentConfig(size=16),
-    model=ModelConfig(encoder=EncoderConfig(depth=10, width=0.125, stem="cifar")),
-)
-
-
-def state(seed):
-    return build_method(CONFIG.model, seed).state_dict()
+from model.build import build_method
+from tests.train.evaluated import CONFIG, save_run
+from train.checkpoint import checkpoint_path, load_checkpoint
+from train.evaluation.representation import build_encoder, build_network
 
 
 @pytest.fixture
-def run_dir(tmp_path):
-    """Step 4 is the best, step 8 the latest, which alone has an average."""
-    for step, average in ((4, {}), (8, state(88))):
-        position = {"step": step, "scores": {"loss": float(step)}}
-        checkpoint = Checkpoint(model=state(step), average=average, config=resolved_dict(CONFIG), position=position)
-        save_checkpoint(checkpoint_path(tmp_path, step), checkpoint)
-    return tmp_path
+def checkpoint(tmp_path):
+    save_run(tmp_path, step=8, seed=8, average_seed=88)
+    return load_checkpoint(checkpoint_path(tmp_path, 8))
 
 
-def test_an_evaluation_takes_the_checkpoint_and_the_weights_that_are_asked_for(run_dir):
-    make_beton(run_dir, [(24, 20)] * 8, encode="raw", num_classes=2)
-    data = str(run_dir / "set.beton")
-    common = {"checkpoint": str(run_dir), "train_data": data, "test_data": data, "device": "cpu", "k": 1}
-    for options, name, step in (
-        ({"which": "best"}, "knn-learned", 4),
-        ({}, "knn-learned", 8),
-        ({"weights": "average"}, "knn-learned-average", 8),
-    ):
-        evaluate(["knn"], EvaluateConfig(**common, **options))
-        record = json.loads((run_dir / "evaluation" / f"{name}.json").read_text())
-        assert record["checkpoint"] == str(checkpoint_path(run_dir, step))
-        assert record["accuracy"]["all"]["mean"] == 1.0  # each image is its own nearest neighbour
-    with pytest.raises(ValueError, match=r"step-000000004\.safetensors holds no average"):
-        evaluate(["knn"], EvaluateConfig(**common, which="best", weights="average"))
-    with pytest.raises(ValueError, match="`weights` average needs `representation` learned, got random"):
-        EvaluateConfig(**common, weights="average", representation="random")
-
-
-def test_the_encoder_is_loaded_alone_and_strictly(run_dir):
-    checkpoint = load_checkpoint(checkpoint_path(run_dir, 8))
+def test_the_weights_are_those_that_are_asked_for(checkpoint, tmp_path):
     for weights, seed in (("live", 8), ("average", 88)):
-        encoder = build_encoder("learned", checkpoint, weights=weights)
-        assert torch.equal(encoder.conv1.weight, state(seed)["encoder.conv1.weight"])
-    assert not encoder.training
+        network = build_network("learned", checkpoint, weights=weights, source=tmp_path)
+        expected = build_method(CONFIG.model, seed).state_dict()
+        for name, tensor in network.encoder.state_dict().items():
+            assert torch.equal(tensor, expected[f"encoder.{name}"]), name
+        for k, layer in enumerate(network.head):
+            for name, tensor in layer.state_dict().items():
+                assert torch.equal(tensor, expected[f"projection_head.layers.{k}.{name}"]), name
+        assert not network.encoder.training
+        assert len(network.head) == 3
+
+
+def test_an_encoder_is_loaded_alone_and_strictly(checkpoint):
     for name in [name for name in checkpoint.model if not name.startswith("encoder.")]:
         del checkpoint.model[name]
     build_encoder("learned", checkpoint)
     del checkpoint.model["encoder.layer2.0.bn1.running_var"]
     with pytest.raises(
-        ValueError, match=r"lacks `layer2\.0\.bn1\.running_var` \[16\]; its configuration is of another"
+        ValueError, match=r"lacks `layer2\.0\.bn1\.running_var` \[16\]; its configuration is of another encoder"
     ):
         build_encoder("learned", checkpoint)
+
+
+def test_a_head_is_loaded_strictly(checkpoint):
+    del checkpoint.model["projection_head.layers.1.0.weight"]
+    with pytest.raises(
+        ValueError, match=r"lacks `layers\.1\.0\.weight` \[24, 24\]; its configuration is of another proj"
+    ):
+        build_encoder("learned", checkpoint)
+
+
+def test_random_is_the_network_that_the_run_started_from_with_open_branches(checkpoint, tmp_path):
+    network = build_network("random", checkpoint, source=tmp_path)
+    start = build_method(CONFIG.model, CONFIG.seed)
+    for name, tensor in start.encoder.state_dict().items():
+        expected = torch.ones_like(tensor) if tensor.ndim == 1 and name.endswith("weight") else tensor
+        assert torch.equal(network.encoder.state_dict()[name], expected), name
+    closed = [name for name, tensor in start.encoder.named_parameters() if tensor.ndim == 1 and (tensor == 0).all()]
+    assert any(name.endswith("weight") for name in closed), "else opening does nothing"

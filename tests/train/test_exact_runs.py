@@ -1,11 +1,10 @@
 """Whole runs of the script: what changes the machine, and not the run, changes the loss curve by rounding alone."""
 
-import socket
-
 import pytest
 import torch
 
 from tests.pipelines.betons import make_beton
+from tests.reliability.processes import free_port
 from tests.train.runs import BIN, finish, pretrain, start
 from train.checkpoint import latest_checkpoint, list_checkpoints, load_checkpoint
 from train.metrics import read_metrics
@@ -22,12 +21,6 @@ SAME = 1e-4  # of a loss of 5
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     return make_beton(tmp_path_factory.mktemp("data"), [(24, 20)] * NUM_IMAGES, encode="raw").path
-
-
-def free_port():
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return server.getsockname()[1]
 
 
 def run_of(runs_dir, data, name, num_ranks, *options):

@@ -8,7 +8,8 @@ import torch
 from sklearn.neighbors import KNeighborsClassifier
 
 from train.evaluation import knn
-from train.evaluation.knn import knn_accuracy, knn_predict
+from train.evaluation.exact_products import exact_products
+from train.evaluation.knn import knn_accuracy, knn_predict, nearest, votes
 
 
 def clusters(num, seed, *, width=24, classes=7, dtype=torch.float64):
@@ -55,13 +56,100 @@ def test_against_scikit_learn():
     assert torch.equal(knn_predict(train_x, train_y, test_x, k=20, temperature=0.07), expected)
 
 
-def test_chunks_change_nothing(monkeypatch):
+@pytest.mark.parametrize(("test_rows", "train_rows"), [(7, 64), (152, 128), (153, 192)])
+def test_blocks_change_nothing(monkeypatch, test_rows, train_rows):
+    """Blocks of fewer training rows than neighbours, and edges of blocks among the neighbours."""
     train_x, train_y = clusters(401, seed=1)
     test_x, _ = clusters(153, seed=2)
-    whole = knn_predict(train_x, train_y, test_x)
-    for rows in (1, 7, 152):
-        monkeypatch.setattr(knn, "CHUNK_BYTES", rows * 401 * 8)
-        assert torch.equal(knn_predict(train_x, train_y, test_x), whole)
+    whole = nearest(train_x, test_x, 100)
+    monkeypatch.setattr(knn, "TEST_ROWS", test_rows)
+    monkeypatch.setattr(knn, "TRAIN_ROWS", train_rows)
+    values, rows = nearest(train_x, test_x, 100)
+    assert torch.equal(rows, whole[1])
+    torch.testing.assert_close(values, whole[0], rtol=0, atol=1e-15)
+    assert torch.equal(knn_predict(train_x, train_y, test_x, k=100), brute_force(train_x, train_y, test_x, 100, 0.07))
+
+
+def signs(num, seed):
+    """Rows of ±1 in 16 dimensions: their similarities are multiples of 1/8, exactly, and tie very often."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(2, (num, 16), generator=generator).float() * 2 - 1
+
+
+@pytest.mark.parametrize("train_rows", [64, 4096])
+@pytest.mark.parametrize("k", [1, 5, 80, 300])
+def test_neighbours_that_tie_stand_in_their_order(monkeypatch, train_rows, k):
+    """Within a block and over the edges of blocks; with tied rows settled a few at a time."""
+    monkeypatch.setattr(knn, "TRAIN_ROWS", train_rows)
+    monkeypatch.setattr(knn, "TIED_ROWS", 7)
+    train_x, test_x = signs(300, seed=1), signs(41, seed=2)
+    values, rows = nearest(train_x, test_x, k)
+    similarity = (test_x @ train_x.T / 16).numpy()
+    expected = np.argsort(-similarity, axis=1, kind="stable")[:, :k]
+    assert np.array_equal(rows.numpy(), expected)
+    assert np.array_equal(values.numpy(), np.take_along_axis(similarity, expected, axis=1))
+
+
+@pytest.mark.parametrize(("num", "num_test", "train_rows"), [(1001, 1, 4096), (65, 33, 128), (301, 33, 128)])
+def test_copies_of_a_feature_are_equally_near_wherever_they_stand(monkeypatch, num, num_test, train_rows):
+    """In float32, by products that round: the first rows count, whatever the widths of the last block."""
+    monkeypatch.setattr(knn, "TRAIN_ROWS", train_rows)
+    generator = torch.Generator().manual_seed(0)
+    train_x = torch.randn(1, 512, generator=generator).repeat(num, 1)
+    values, rows = nearest(train_x, torch.randn(num_test, 512, generator=generator), num)
+    assert (values == values[:, :1]).all()
+    assert torch.equal(rows, torch.arange(num).expand(num_test, num))
+
+
+def test_fewer_neighbours_are_the_first_of_more():
+    train_x, train_y = clusters(401, seed=1)
+    test_x, _ = clusters(153, seed=2)
+    values, rows = nearest(train_x, test_x, 200)
+    few = nearest(train_x, test_x, 20)
+    assert torch.equal(values[:, :20], few[0])
+    assert torch.equal(rows[:, :20], few[1])
+    for k, temperature in ((20, 0.07), (200, 0.1)):
+        scores = votes(values[:, :k], train_y[rows[:, :k]], temperature=temperature, num_classes=7)
+        assert torch.equal(scores.argmax(dim=1), brute_force(train_x, train_y, test_x, k, temperature))
+
+
+def test_memory_does_not_grow_with_the_training_set(monkeypatch, tmp_path):
+    """Of a map of a file: what torch allocates at once, counted by its own profiler."""
+    monkeypatch.setattr(knn, "TEST_ROWS", 32)
+    monkeypatch.setattr(knn, "TRAIN_ROWS", 256)
+    most = {}
+    for num in (2_000, 16_000):
+        path = tmp_path / f"{num}.npy"
+        np.save(path, clusters(num, seed=1, dtype=torch.float32)[0].numpy())
+        train_x = torch.from_numpy(np.load(path, mmap_mode="c"))
+        test_x, _ = clusters(100, seed=2, dtype=torch.float32)
+        with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            nearest(train_x, test_x, 50)
+        held, peak = 0, 0
+        for event in profile.profiler.kineto_results.events():
+            if event.name() == "[memory]":
+                held += event.nbytes()
+                peak = max(peak, held)
+        most[num] = peak
+    assert 0 < most[16_000] <= 1.1 * most[2_000]
+    assert most[16_000] < 16_000 * 24 * 4, "less than the set itself"
+
+
+def test_products_are_exact_whatever_is_allowed(monkeypatch):
+    train_x, _ = clusters(401, seed=1, dtype=torch.float32)
+    test_x, _ = clusters(153, seed=2, dtype=torch.float32)
+    expected = nearest(train_x, test_x, 20)
+    torch.set_float32_matmul_precision("medium")
+    try:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            found = nearest(train_x, test_x, 20)
+            with exact_products(torch.device("cpu")):
+                assert torch.get_float32_matmul_precision() == "highest"
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize(
@@ -119,8 +207,8 @@ def test_half_precision_features_are_compared_in_float32():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"k": 0}, "`k` must be between 1 and 4, the number of training samples, got 0"),
-        ({"k": 5}, "`k` must be between 1 and 4, the number of training samples, got 5"),
+        ({"k": 0}, "`k` must be between 1 and 4, the number of training samples, got 0; take fewer neighbours"),
+        ({"k": 5}, "`k` must be between 1 and 4, the number of training samples, got 5; take fewer neighbours"),
         ({"temperature": 0.0}, "`temperature` must be positive, got 0.0; DINO's is 0.07"),
         (
             {"test_x": torch.tensor([[1.0, 2.0], [math.nan, 1.0]])},

@@ -14,6 +14,7 @@ import warnings
 import psutil
 import pytest
 
+from tests.reliability.processes import PATIENCE_S
 from tests.train.runs import ROOT, environment
 from train.cli import UnfitEnvironment
 from train.metric_sinks import TrackedRun
@@ -52,7 +53,7 @@ train.cli.run(main)
 """
 
 
-def start(run_dir, resume_step, last_step, *, then="end", env=None, init_timeout_s=30.0, **config):
+def start(run_dir, resume_step, last_step, *, then="end", env=None, init_timeout_s=PATIENCE_S, **config):
     """A process that writes the lines after `resume_step` up to `last_step`."""
     arguments = json.dumps([str(run_dir), resume_step, last_step, then, config, init_timeout_s])
     home = run_dir.parent / "home"  # nobody is logged in
@@ -61,7 +62,8 @@ def start(run_dir, resume_step, last_step, *, then="end", env=None, init_timeout
         [sys.executable, "-c", PROGRAM, arguments],
         cwd=ROOT,
         env=environment()
-        | {"WANDB_MODE": "offline", "MLFLOW_ALLOW_FILE_STORE": "true", "HOME": str(home), "NETRC": str(home / "netrc")}
+        | {"WANDB_MODE": "offline", "WANDB__SERVICE_WAIT": str(PATIENCE_S), "MLFLOW_ALLOW_FILE_STORE": "true"}
+        | {"HOME": str(home), "NETRC": str(home / "netrc")}
         | (env or {}),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
@@ -71,7 +73,7 @@ def start(run_dir, resume_step, last_step, *, then="end", env=None, init_timeout
 
 
 def finish(process):
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=PATIENCE_S)
     return process.returncode, out, err
 
 
@@ -132,7 +134,7 @@ def mlflow_run(uri):
 
 def await_(condition, process):
     """Wait until the condition holds; the process must not end before."""
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + PATIENCE_S
     while not condition():
         assert process.poll() is None, finish(process)
         assert time.monotonic() < deadline
@@ -156,7 +158,7 @@ def test_a_killed_and_resumed_run_is_one_run_with_every_step_once(tmp_path):
     assert any("wandb-core" in child.name() for child in children)
     process.send_signal(signal.SIGKILL)
     assert finish(process) == (-signal.SIGKILL, "", "")  # not a word on our console
-    assert psutil.wait_procs(children, timeout=30)[1] == []  # and nobody is left behind
+    assert psutil.wait_procs(children, timeout=PATIENCE_S)[1] == []  # and nobody is left behind
     assert mlflow_run(uri)[0].info.status == "RUNNING"
 
     assert finish(start(run_dir, 4, 8, **config)) == (0, "", "")

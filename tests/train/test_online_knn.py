@@ -2,6 +2,7 @@
 
 import math
 import random
+from contextlib import closing
 
 import numpy as np
 import pytest
@@ -15,8 +16,10 @@ from pipelines.build import DataConfig
 from tests.distributed.ranks import run_ranks
 from tests.pipelines.betons import make_beton
 from train.config import PretrainConfig
-from train.evaluation.features import open_residual_branches, represent
+from train.evaluation.features import center_loader
 from train.evaluation.knn import knn_accuracy
+from train.evaluation.labelled_data import open_labelled
+from train.evaluation.representation import open_residual_branches
 from train.online.config import OnlineConfig
 from train.online.nearest import nearest_neighbours
 from train.online.neighbour_sets import balanced_rows, open_neighbour_sets
@@ -66,12 +69,12 @@ def measure(config, encoder, beat=lambda: None):
 
 def evaluated(config, encoder):
     """The same by the parts of `train/evaluate.py knn`, which takes every sample."""
-    sets = [
-        represent(encoder.eval(), path, config, batch_size=7, device=CPU, num_cores=1)
-        for path in (config.data.path, config.online.test_data)
-    ]
-    train, test = sets
-    return knn_accuracy(train.values, train.labels, test.values, test.labels, k=K)
+    sets = []
+    for path in (config.data.path, config.online.test_data):
+        with closing(center_loader(open_labelled(path, "test"), config, 7, CPU, 1)) as loader, torch.inference_mode():
+            batches = [(encoder.eval()(batch.views[0]), batch.labels) for batch in loader.epoch(0)]
+        sets += [torch.cat(parts) for parts in zip(*batches, strict=True)]
+    return knn_accuracy(*sets, k=K)
 
 
 def test_the_figure_is_that_of_the_evaluation(data):

@@ -8,7 +8,7 @@ import torch
 from tests.pipelines.betons import make_beton
 from tests.train.runs import finish, pretrain, start
 from train.checkpoint import list_checkpoints, load_checkpoint
-from train.evaluation.run import EvaluateConfig, evaluate
+from train.evaluation.knn_protocol import KNNConfig, run_knn
 from train.metrics import read_metrics
 
 STEPS_PER_EPOCH, EPOCHS, K = 4, 3, 3
@@ -105,12 +105,13 @@ def test_a_measurement_that_fails_loses_no_step_and_is_made_up_for(root):
 def test_neighbours_are_measured_at_the_end_of_an_epoch_as_the_evaluation_does(root):
     measured = {line["step"]: line["knn_accuracy"] for line in lines(root, "watched") if "knn_accuracy" in line}
     assert list(measured) == [STEPS_PER_EPOCH * epoch for epoch in range(1, EPOCHS + 1)]
-    config = EvaluateConfig(
+    config = KNNConfig(
         checkpoint=str(root / "watched"),
         train_data=str(root / "train/set.beton"),
         test_data=str(root / "test/set.beton"),
-        k=K,
+        k=(K,),
+        temperature=(0.07,),
         output_dir=str(root / "evaluation"),
         device="cpu",
     )
-    assert evaluate(["knn"], config)["knn"]["all"]["mean"] == measured[STEPS_PER_EPOCH * EPOCHS]
+    assert run_knn(config).figures["all"][0].top1 == measured[STEPS_PER_EPOCH * EPOCHS]

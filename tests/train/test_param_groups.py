@@ -37,6 +37,38 @@ def test_biases_and_norms_are_neither_decayed_nor_adapted():
     assert (plain["weight_decay"], plain["adapt"]) == (0.0, False)
 
 
+def test_some_are_decayed_and_not_adapted():
+    adapted, decayed, plain = param_groups(Everything(), weight_decay=1e-4, not_adapted=("head.",))
+    assert adapted["param_names"] == ["conv.weight"]
+    assert decayed["param_names"] == ["head.weight"]
+    assert (decayed["weight_decay"], decayed["adapt"]) == (1e-4, False)
+    decayed, again = param_groups(Everything(), weight_decay=1e-4, not_adapted=("",))
+    assert decayed["param_names"] == ["conv.weight", "head.weight"]
+    assert not decayed["adapt"]
+    assert again["param_names"] == plain["param_names"]
+
+
+def test_without_adaptation_it_is_torchs_momentum_sgd():
+    generator = torch.Generator().manual_seed(3)
+    ours, theirs = (nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2)) for _ in range(2))
+    theirs.load_state_dict(ours.state_dict())
+    groups = param_groups(ours, 1e-2, not_adapted=("",))
+    optimizer = LARS(groups, lr=0.1, momentum=0.9, nesterov=True, backend="reference")
+    weights = [parameter for parameter in theirs.parameters() if parameter.ndim > 1]
+    biases = [parameter for parameter in theirs.parameters() if parameter.ndim == 1]
+    sgd = torch.optim.SGD(
+        [{"params": weights, "weight_decay": 1e-2}, {"params": biases}], lr=0.1, momentum=0.9, nesterov=True
+    )
+    for _ in range(5):
+        x = torch.randn(8, 4, generator=generator)
+        for model, stepper in ((ours, optimizer), (theirs, sgd)):
+            stepper.zero_grad()
+            model(x).square().sum().backward()
+            stepper.step()
+    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
 def test_resnet50_has_54_adapted_and_107_plain_tensors():
     adapted, plain = param_groups(torchvision.models.resnet50(), weight_decay=1e-6)
     assert (len(adapted["params"]), len(plain["params"])) == (

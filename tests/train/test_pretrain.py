@@ -1,16 +1,17 @@
 """The scripts as a user starts them: launchers, kill and resume, bad input."""
 
 import signal
-import socket
+import sys
 
 import pytest
 import torch
 import yaml
 
 from tests.pipelines.betons import make_beton
-from tests.reliability.processes import wait_for
+from tests.reliability.held import SCRIPT, Hold
+from tests.reliability.processes import free_port, wait_for
 from tests.train.runs import BIN, deepspeed, finish, pretrain, start
-from train.checkpoint import latest_checkpoint, list_checkpoints, load_checkpoint
+from train.checkpoint import latest_checkpoint, load_checkpoint
 from train.metrics import read_metrics
 
 NUM_IMAGES = 80
@@ -24,9 +25,7 @@ def data(tmp_path_factory):
 
 @pytest.fixture
 def port():
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return server.getsockname()[1]
+    return free_port()
 
 
 def final_state(runs_dir, name="run"):
@@ -174,16 +173,17 @@ def test_a_fault_of_one_rank_alone_is_told(data, tmp_path):
 
 
 def test_ctrl_c_ends_with_code_130_and_the_run_can_go_on(data, tmp_path):
-    command = pretrain(tmp_path, data, "--train.epochs=20", "--train.checkpoint_every=2")
-    process = start(command)
-    wait_for(lambda: list_checkpoints(tmp_path / "run"), process)
+    options, hold = ("--train.epochs=4", "--train.checkpoint_every=2"), Hold(tmp_path, 7)
+    process = start(pretrain(tmp_path, data, *options, launcher=(sys.executable, SCRIPT)), hold.variables)
+    wait_for(lambda: hold.reached(7), process)
     process.send_signal(signal.SIGINT)
     code, _, err = finish(process)
     assert code == 130, err
     assert "Traceback" not in err
     assert not list((tmp_path / "run" / "checkpoints").glob("*.partial"))
-    assert_done(start(command))
-    assert read_metrics(tmp_path / "run")[-1]["step"] == 20 * STEPS_PER_EPOCH
+    assert final_state(tmp_path).position["step"] == 7
+    assert_done(start(pretrain(tmp_path, data, *options)))
+    assert read_metrics(tmp_path / "run")[-1]["step"] == 4 * STEPS_PER_EPOCH
 
 
 def test_a_run_directory_belongs_to_one_configuration(data, tmp_path):

@@ -11,6 +11,7 @@ from pipelines.augment import AugmentConfig, build_recipe
 from pipelines.build import DataConfig, build_loader, open_data
 from tests.pipelines.betons import make_beton
 from tests.reliability.forked import KILLED, Run
+from tests.reliability.held import Hold
 from tests.reliability.processes import assert_same_state, curve
 from train.checkpoint import checkpoint_path, list_checkpoints, load_checkpoint
 from train.loaders import EpochLoaders
@@ -106,7 +107,7 @@ def last_step(run_dir):
 
 def killed_run(runs_dir, data, *options, beyond):
     """Kill the run once it has a checkpoint beyond a step; what was saved after that step never was."""
-    with Run(runs_dir, data, *options, world_size=1) as run:
+    with Run(runs_dir, data, *options, world_size=1, hold=Hold(runs_dir, beyond + 1)) as run:
         run.wait_for(lambda: checkpoint_path(run.run_dir, beyond).exists())
         run.ranks[0].kill()
         assert run.end() == [KILLED]

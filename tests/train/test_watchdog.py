@@ -1,6 +1,7 @@
 """Ranks that hang or vanish, as real processes: stopped, killed, stuck, at fault."""
 
 import os
+import re
 import signal
 import subprocess
 import time
@@ -18,7 +19,7 @@ from train.heartbeats import Standing, is_of_a_collective, seconds_between
 from train.runtime import Ranks
 from train.watchdog import Watchdog, last_ranks
 
-TIMEOUT_S = 2.0
+TIMEOUT_S = 4.0  # as long as a rank that is well may take for a step on a busy machine
 STEPS = 3
 
 
@@ -76,15 +77,24 @@ def one_rank(behaviour, rank, world_size, folder, timeout_s):
 
 
 def train(watchdog, rank, fault=None, at=STEPS - 1):
-    """Steps that end in a collective; `fault` happens while data are loaded, which takes two messages' time."""
+    """Steps that end in a collective; `fault` happens while data are loaded, once the others have heard of that."""
     for step in range(STEPS):
         watchdog.beat(step, "loading data")
-        time.sleep(TIMEOUT_S / 5)
         if fault is not None and step == at:
+            be_heard(watchdog)
             fault()
         watchdog.beat(step, "training step")
         if dist.is_initialized():
             dist.all_reduce(torch.ones(8))
+
+
+def be_heard(watchdog):
+    """Until a message of where this rank stands is out, and the others have had the time to read it."""
+    heartbeats = watchdog._heartbeats
+    if heartbeats is not None:
+        last = heartbeats._number + 3
+        while heartbeats._number < last:
+            time.sleep(0.01)
 
 
 def stop(watchdog, rank):
@@ -113,9 +123,10 @@ def meet_bad_data(watchdog, rank):
 
 def take_long(watchdog, rank):
     """Longer than the timeout, and with signs of life."""
-    for _ in range(12):
+    since = time.monotonic()
+    while time.monotonic() < since + 1.2 * TIMEOUT_S:
         watchdog.beat(STEPS, "evaluating")
-        time.sleep(TIMEOUT_S / 10)
+        time.sleep(TIMEOUT_S / 40)
 
 
 def train_and_take_long(watchdog, rank):
@@ -136,13 +147,19 @@ def only_line(outcome):
     return outcome.err[0]
 
 
+def without_seconds(line):
+    """With N for every number of whole seconds, each of which is the timeout or, on a busy machine, more."""
+    assert all(int(seconds) >= TIMEOUT_S / 2 for seconds in re.findall(r"(\d+) s ", line)), line
+    return re.sub(r"\b\d+ s\b", "N s", line)
+
+
 @pytest.mark.distributed
 def test_a_stopped_rank_is_named_and_the_others_end(tmp_path):
     first, _, other = ranks_that(tmp_path, train, stop, train, ends=(0, 2))
     assert (first.code, other.code) == (EXIT_RESUMABLE, EXIT_RESUMABLE)
-    line = only_line(first)
-    assert line.startswith("error: rank 1 has hung: last heard of 2 s ago, at step 2, loading data; ")
-    assert f"; rank 0 waited 2 s at step 2, training step. Stacks of all threads are in {tmp_path}/log0; " in line
+    line = without_seconds(only_line(first))
+    assert line.startswith("error: rank 1 has hung: last heard of N s ago, at step 2, loading data; ")
+    assert f"; rank 0 waited N s at step 2, training step. Stacks of all threads are in {tmp_path}/log0; " in line
     assert line.endswith("; the same command goes on from the last checkpoint")
     assert not other.err  # one line for all
     for outcome in (first, other):
@@ -155,7 +172,8 @@ def test_the_rank_that_keeps_the_store_is_named_as_well(tmp_path):
     """Whatever a rank asks of the store then waits for ever; the run ends all the same."""
     _, *others = ranks_that(tmp_path, stop, train, train, ends=(1, 2))
     assert [outcome.code for outcome in others] == [EXIT_RESUMABLE, EXIT_RESUMABLE]
-    assert only_line(others[0]).startswith("error: rank 0 has hung: last heard of 2 s ago, at step 2, loading data; ")
+    line = without_seconds(only_line(others[0]))
+    assert line.startswith("error: rank 0 has hung: last heard of N s ago, at step 2, loading data; ")
     assert not others[1].err
 
 
@@ -164,9 +182,8 @@ def test_a_rank_that_is_stuck_is_named_though_it_is_heard_of(tmp_path):
     first, stuck = ranks_that(tmp_path, train, get_stuck)
     assert first.code == EXIT_RESUMABLE
     assert stuck.code == EXIT_RESUMABLE
-    assert only_line(first).startswith(
-        "error: rank 1 has hung: at step 2, loading data, for 2 s; rank 0 waited 2 s at "
-    )
+    line = without_seconds(only_line(first))
+    assert line.startswith("error: rank 1 has hung: at step 2, loading data, for N s; rank 0 waited N s at ")
     assert not stuck.err
     assert "in wait_for_data_that_never_come" in stuck.log
 
@@ -185,8 +202,7 @@ def test_a_rank_that_vanishes_is_named(tmp_path, lost):
     told = [outcome.err[0] for outcome in outcomes if outcome.err]
     assert len(told) == (2 if lost == 0 else 1)
     for line in told:
-        assert f"rank {lost} was lost at step 2 (last heard of 0." in line
-        assert " s ago, loading data): " in line
+        assert re.search(rf"rank {lost} was lost at step 2 \(last heard of \d+\.\d s ago, loading data\): ", line), line
         assert "Connection" in line
         assert line.endswith("; the same command goes on from the last checkpoint")
 
@@ -210,8 +226,8 @@ def test_who_hangs_because_another_failed_does_not_promise_that_the_same_command
     """As under NCCL, which does not notice that a rank has left."""
     first, faulty = ranks_that(tmp_path, get_stuck, meet_bad_data)
     assert (first.code, faulty.code) == (EXIT_FAILED, EXIT_BAD_INPUT)
-    line = only_line(first)
-    assert line.startswith("error: rank 1 stopped at step 2: sample 13 cannot be decoded; rank 0 waited 2 s at ")
+    line = without_seconds(only_line(first))
+    assert line.startswith("error: rank 1 stopped at step 2: sample 13 cannot be decoded; rank 0 waited N s at ")
     assert "the same command" not in line
     assert "in wait_for_data_that_never_come" in first.log
 
@@ -230,8 +246,8 @@ def test_long_phases_and_a_slow_farewell_are_no_alarm(tmp_path, slow):
 def test_a_process_of_its_own(tmp_path):
     (hung,) = ranks_that(tmp_path, get_stuck)
     assert hung.code == EXIT_RESUMABLE
-    line = only_line(hung)
-    assert line.startswith("error: the run has hung: at step 2, loading data, for 2 s. Stacks of all threads are in ")
+    line = without_seconds(only_line(hung))
+    assert line.startswith("error: the run has hung: at step 2, loading data, for N s. Stacks of all threads are in ")
     assert "in wait_for_data_that_never_come" in hung.log
     (suspended,) = ranks_that(tmp_path, be_suspended)
     assert suspended.code == 0

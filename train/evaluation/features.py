@@ -1,144 +1,221 @@
-"""Represent a whole set: by a learned encoder, by its randomly initialised twin, or by the pixels themselves.
+"""Representations of labelled sets, for every protocol on frozen features: computed once, kept on disk.
 
 Every image is seen once, as its central square resized to the side that the encoder was trained on, normalised as in
-training; the encoder is in evaluation mode.
+training; the network is in evaluation mode, in float32. Several layers of the projection head come out of one pass.
 
 Legend: n samples, D width of the representation.
 """
 
 from __future__ import annotations
 
-from contextlib import closing
-from dataclasses import dataclass
+import hashlib
+import json
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from model.build import build_method
-from model.resnet import EncoderConfig, ResNet
 from pipelines.augment import center_recipe
 from pipelines.batch import Loader
-from pipelines.beton import open_beton
-from pipelines.build import DataConfig, build_loader
-from train.checkpoint import Checkpoint
+from pipelines.build import DataConfig, ImageFolder, build_loader
+from train.checkpoint import load_checkpoint
+from train.checkpoint_file import bytes_of
 from train.config import PretrainConfig, config_from_dict
-from train.initial_encoder import Weights, check_fits, encoder_weights
+from train.evaluation.checks import check_finite, check_splits
+from train.evaluation.exact_products import exact_products
+from train.evaluation.feature_cache import FeatureWriter, Key, cache_path, read_features
+from train.evaluation.labelled_data import LabelledData, Split, open_labelled
+from train.evaluation.protocol import EvaluationConfig
+from train.evaluation.representation import LayeredNetwork, Network, build_network
+from train.initial_encoder import find_checkpoint, results_dir
+from train.runtime import choose_device, cores_per_rank, keep_freed_memory, read_ranks
 
-Representation = Literal["learned", "random", "pixels"]
+FEATURES_VERSION = 1  # of what this module computes: raise it where its figures change
+PROGRESS_S = 30.0
+
+logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Features:
     """Representations and labels of a set.
 
     Attributes:
-        values: float32 [n, D], on the CPU.
-        labels: int64 [n], on the CPU.
+        values: float32 [n, D], on the CPU; from the cache a private map of its file, larger than memory perhaps.
+        labels: int64 [n], on the CPU, from 0 to `num_classes` − 1.
+        classes: names by label, where they are known.
+        num_classes: of both splits.
     """
 
     values: Tensor
     labels: Tensor
+    classes: list[str] | None = None
+    num_classes: int = 0
 
 
-def build_encoder(
-    representation: Representation,
-    checkpoint: Checkpoint,
-    *,
-    weights: Weights = "live",
-    source: Path = Path("the checkpoint"),
-) -> nn.Module:
-    """What maps views [N, 3, H, W] to representations [N, D], in evaluation mode on the CPU.
+class FeatureSource:
+    """A checkpoint and the two sets that it is evaluated on, opened and checked; nothing is computed yet.
 
-    `random` is the network that the checkpoint's run started from, but for the residual branches, which SimCLR closes
-    at the start (γ = 0) and which are open here: a far stronger baseline, and so the fairer one.
-
-    Args:
-        representation: which encoder.
-        checkpoint: of a run, or imported: an encoder alone.
-        weights: of `learned`: those of the last step, or their moving average.
-        source: the checkpoint's file, for messages.
+    Attributes:
+        path: the checkpoint's file.
+        train, test: the sets.
+        classes: names by label, where they are known.
+        num_classes: of both sets.
 
     Raises:
-        ValueError: the checkpoint's configuration is of another version, or its weights are not those of its encoder.
+        ValueError: the checkpoint or a set cannot be used, or the sets do not fit each other.
+        OSError: likewise.
     """
-    if representation == "pixels":
-        return nn.Flatten()
-    config = config_from_dict(checkpoint.config)
-    if representation == "random":
-        random = build_method(config.model, config.seed).encoder
-        open_residual_branches(random)
-        return random.eval()
-    return load_encoder(config.model.encoder, encoder_weights(checkpoint, weights, source), source)
+
+    def __init__(self, config: EvaluationConfig) -> None:
+        self._config = config
+        self.path = find_checkpoint(Path(config.checkpoint), config.which)
+        self.train, self.test = open_labelled(config.train_data, "train"), open_labelled(config.test_data, "test")
+        self.classes, self.num_classes = check_splits(self.train, self.test)
+        checkpoint = load_checkpoint(self.path)
+        self.pretraining: PretrainConfig = config_from_dict(checkpoint.config)
+        self.network: Network = build_network(
+            config.representation, checkpoint, weights=config.weights, source=self.path
+        )
+        self._digests: dict[int, str] = {}
+
+    def features(self, split: Split) -> Features:
+        """The representation that the configuration asks for, of one set."""
+        return self.representations(split, (self._config.head_layers,))[self._config.head_layers]
+
+    def representations(self, split: Split, layers: Sequence[int]) -> dict[int, Features]:
+        """Representations of one set after so many layers of the projection head each, from one pass at most.
+
+        Args:
+            split: which set.
+            layers: as `EvaluationConfig.head_layers`; each once.
+
+        Raises:
+            ValueError: the head has not as many layers, or a representation is not finite.
+            OSError: the cache cannot be written.
+        """
+        data = self.train if split == "train" else self.test
+        resolved = {layer: self.network.resolve(layer) for layer in layers}
+        wanted = sorted(set(resolved.values()))
+        keys = {layer: self._key(data, layer) for layer in wanted}
+        paths = {layer: cache_path(self._cache_folder, key) for layer, key in keys.items()}
+        found = {}
+        if self._config.cache:
+            found = {
+                layer: tensors for layer in wanted if (tensors := read_features(paths[layer], keys[layer])) is not None
+            }
+        missing = [layer for layer in wanted if layer not in found]
+        if missing:
+            found |= self._compute(data, {layer: (paths[layer], keys[layer]) for layer in missing})
+        return {
+            layer: Features(values=found[k][0], labels=found[k][1], classes=self.classes, num_classes=self.num_classes)
+            for layer, k in resolved.items()
+        }
+
+    @property
+    def _cache_folder(self) -> Path:
+        return results_dir(self.path) / "evaluation" / "features"
+
+    def _compute(self, data: LabelledData, wanted: dict[int, tuple[Path, Key]]) -> dict[int, tuple[Tensor, Tensor]]:
+        with ExitStack() as stack:
+            sinks: list[FeatureWriter | _Memory] = [
+                stack.enter_context(FeatureWriter(path, key, data.labels)) if self._config.cache else _Memory(data)
+                for path, key in wanted.values()
+            ]
+            device, num_cores = _machine(self._config)
+            network = self.network.with_layers(list(wanted)).to(device).to(memory_format=torch.channels_last)
+            loader = center_loader(data, self.pretraining, self._config.batch_size, device, num_cores)
+            stack.enter_context(closing(loader))
+            for values in _forward(network, loader, data):
+                for sink, value in zip(sinks, values, strict=True):
+                    sink.append(value)
+            return {layer: sink.finish() for layer, sink in zip(wanted, sinks, strict=True)}
+
+    def _key(self, data: LabelledData, layer: int) -> Key:
+        """All that the features depend on."""
+        recipe = asdict(center_recipe(self.pretraining.augment))
+        key: Key = {
+            "network": self._network_digest(layer),
+            "representation": self._config.representation,
+            "head_layers": layer,
+            "data": data.identity,
+            "recipe": json.loads(json.dumps(recipe)),  # tuples become lists, as in the file
+            "version": FEATURES_VERSION,
+        }
+        return key
+
+    def _network_digest(self, layer: int) -> str:
+        """Of the weights that take part."""
+        if layer not in self._digests:
+            digest = hashlib.sha256()
+            for name, tensor in sorted(self.network.with_layers([layer]).state_dict().items()):
+                digest.update(f"{name}\0{tensor.dtype}\0{list(tensor.shape)}\n".encode())
+                digest.update(bytes_of(tensor))
+            self._digests[layer] = digest.hexdigest()
+        return self._digests[layer]
 
 
-def load_encoder(config: EncoderConfig, weights: dict[str, Tensor], source: Path) -> ResNet:
-    """The encoder with these weights, which it shares, in evaluation mode.
-
-    Raises:
-        ValueError: a tensor is missing, unexpected or of another shape.
-    """
-    with torch.device("meta"):
-        encoder = ResNet(config)
-    check_fits(weights, encoder.state_dict(), source, "its configuration is of another encoder")
-    encoder.load_state_dict(weights, assign=True)
-    return encoder.eval()
+def features_of(config: EvaluationConfig, split: Split) -> Features:
+    """The representation of one set that a configuration asks for; see `FeatureSource`."""
+    return FeatureSource(config).features(split)
 
 
-def open_residual_branches(encoder: nn.Module) -> None:
-    """Set every norm's scale to 1."""
-    for name, parameter in encoder.named_parameters():
-        if parameter.ndim == 1 and name.endswith("weight"):
-            nn.init.ones_(parameter)
+def representations_of(config: EvaluationConfig, split: Split, layers: Sequence[int] = (0, -1)) -> dict[int, Features]:
+    """Several representations of one set from one pass, by their entry of `layers`; see `FeatureSource`."""
+    return FeatureSource(config).representations(split, layers)
 
 
-def represent(
-    encoder: nn.Module,
-    data: str | Path,
-    config: PretrainConfig,
-    *,
-    batch_size: int,
-    device: torch.device,
-    num_cores: int,
-) -> Features:
-    """Represent every image of a `.beton`, in its order.
+class _Memory:
+    """Collects features in memory."""
 
-    Args:
-        encoder: from `build_encoder`.
-        data: the labelled file.
-        config: of the run, for the side and the normalisation of the views.
-        batch_size: images that go through the encoder at a time.
-        device: to compute on.
-        num_cores: threads for decoding.
+    def __init__(self, data: LabelledData) -> None:
+        self._labels = torch.from_numpy(data.labels)
+        self._values: Tensor | None = None
+        self._row = 0
 
-    Raises:
-        ValueError: the file is missing, damaged or has no labels.
-    """
-    with closing(_center_loader(data, config, batch_size, device, num_cores)) as loader:
-        return _extract(encoder.to(device).to(memory_format=torch.channels_last), loader)
+    def append(self, values: Tensor) -> None:
+        if self._values is None:
+            self._values = torch.empty(len(self._labels), values.shape[1])
+        self._values[self._row : self._row + len(values)] = values
+        self._row += len(values)
+
+    def finish(self) -> tuple[Tensor, Tensor]:
+        assert self._values is not None
+        return self._values, self._labels
 
 
 @torch.inference_mode()
-def _extract(encoder: nn.Module, loader: Loader) -> Features:
-    values: list[Tensor] = []
-    labels: list[Tensor] = []
+def _forward(network: LayeredNetwork, loader: Loader, data: LabelledData) -> Iterator[list[Tensor]]:
+    """The representations of each batch, float32 on the CPU, in the order of the set."""
+    row, told = 0, time.monotonic()
     for batch in loader.epoch(0):
-        values.append(encoder(batch.views[0]).float().cpu())
-        labels.append(batch.labels.cpu())
-    return Features(values=torch.cat(values), labels=torch.cat(labels))
+        with exact_products(batch.views[0].device):
+            values = [value.float().cpu() for value in network(batch.views[0])]
+        for value in values:
+            check_finite(value, "training" if data.split == "train" else "test", first_row=row)
+        row += batch.num_images
+        yield values
+        if time.monotonic() - told > PROGRESS_S:
+            told = time.monotonic()
+            logger.info("%s: %d of %d images represented", data.path, row, len(data.labels))
 
 
-def _center_loader(
-    data: str | Path, config: PretrainConfig, batch_size: int, device: torch.device, num_cores: int
+def center_loader(
+    data: LabelledData, config: PretrainConfig, batch_size: int, device: torch.device, num_cores: int
 ) -> Loader:
-    """Every image of a labelled file once, in its order, as a central view."""
-    beton = open_beton(data)
-    if beton.labels is None:
-        raise ValueError(f"{data} has no labels to evaluate with; convert a folder with one folder for each class")
+    """Every image of a set once, in its order, as a central view."""
     return build_loader(
-        DataConfig(path=str(data), global_batch_size=batch_size),
-        beton,
+        DataConfig(
+            path=data.path,
+            global_batch_size=batch_size,
+            loader="folder" if isinstance(data.data, ImageFolder) else "ffcv",
+        ),
+        data.data,
         center_recipe(config.augment),
         seed=0,
         rank=0,
@@ -148,3 +225,12 @@ def _center_loader(
         num_cores=num_cores,
         training=False,
     )
+
+
+def _machine(config: EvaluationConfig) -> tuple[torch.device, int]:
+    """Where to compute, and threads for decoding."""
+    ranks = read_ranks()
+    device = choose_device(config.device, ranks)
+    if device.type == "cpu":
+        keep_freed_memory()
+    return device, cores_per_rank(ranks)

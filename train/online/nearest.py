@@ -23,6 +23,7 @@ from pipelines.augment import center_recipe
 from pipelines.batch import Loader
 from pipelines.build import DataConfig, build_loader
 from train.config import PretrainConfig
+from train.evaluation.exact_products import exact_products
 from train.evaluation.knn import knn_predict
 from train.online.neighbour_sets import LabelledSet, NeighbourSets, take_rows
 from train.runtime import Ranks
@@ -90,7 +91,8 @@ def _represent(encoder: nn.Module, loader: Loader, beat: Callable[[], None]) -> 
     values = []
     for batch in loader.epoch(0):
         # Past whatever stands in for the network's `forward` in training: a compiled one would be compiled again.
-        values.append(type(encoder).forward(encoder, batch.views[0]).float())
+        with exact_products(batch.views[0].device):
+            values.append(type(encoder).forward(encoder, batch.views[0]).float())
         beat()
     return torch.cat(values)
 

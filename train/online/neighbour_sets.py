@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from pipelines.beton import Beton, open_beton
 from pipelines.build import DataConfig
 from pipelines.rng import bits, key_of
+from train.evaluation.checks import check_same_classes
 from train.online.config import OnlineConfig
 
 _CHOICE = 0x6B6E6E  # "knn": keeps these keys apart from those of the order and the views
@@ -61,8 +62,6 @@ def open_neighbour_sets(config: OnlineConfig, data: DataConfig) -> NeighbourSets
             f"`online.train_data` must name a labelled .beton where `data.loader` is folder, got null for {data.path}; "
             "make one with `python -m tools.convert`"
         )
-    from train.evaluation.run import check_same_classes  # here, since it takes scikit-learn with it
-
     train_path = config.train_data or data.path
     check_same_classes(train_path, config.test_data)
     train = open_labelled(train_path, "train_data", config.knn_train_samples)

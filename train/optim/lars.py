@@ -25,6 +25,8 @@ from train.optim.stretches import FORMS, Form, Options, Piece, Stretches, norm_d
 class LARSConfig:
     """Hyperparameters of LARS; the defaults are SimCLR's (v1, section 2.3; momentum and η from its code)."""
 
+    name: Literal["lars", "sgd"] = "lars"
+    """`sgd`: momentum SGD, the same steps with every trust ratio 1 (and so without a `trust_coefficient`)."""
     base_lr: float = 0.3
     """Learning rate before scaling by the global batch size; SimCLR: 0.3 (`linear`) or 0.075 (`sqrt`)."""
     lr_scaling: Literal["linear", "sqrt"] = "linear"
@@ -48,7 +50,12 @@ class LARSConfig:
     fused, triton and reference that serves the parameters."""
 
     def __post_init__(self) -> None:
-        for name, choices in (("lr_scaling", ("linear", "sqrt")), ("form", FORMS), ("backend", BACKENDS)):
+        for name, choices in (
+            ("name", ("lars", "sgd")),
+            ("lr_scaling", ("linear", "sqrt")),
+            ("form", FORMS),
+            ("backend", BACKENDS),
+        ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"`optim.{name}` must be one of {', '.join(choices)}, got {getattr(self, name)}")
         for name in ("base_lr", "weight_decay"):

@@ -19,11 +19,16 @@ from torch.optim import Optimizer
 NORM_LAYERS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
 
-def param_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Split the trainable parameters into those that are decayed and adapted, and those that are neither.
+def param_groups(module: nn.Module, weight_decay: float, *, not_adapted: tuple[str, ...] = ()) -> list[dict[str, Any]]:
+    """Split the trainable parameters into those that are decayed and adapted, decayed alone, and neither.
+
+    Args:
+        module: whose parameters.
+        weight_decay: of those that are decayed.
+        not_adapted: beginnings of the names of those that are not adapted; "" is that of every name.
 
     Returns:
-        One or two groups (an empty one is left out) with the keys `params`, `param_names` (PyTorch's own key,
+        Up to three groups (an empty one is left out) with the keys `params`, `param_names` (PyTorch's own key,
         in the order of `params`), `weight_decay` and `adapt`.
     """
     excluded = {
@@ -33,11 +38,20 @@ def param_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]
         for param in layer.parameters(recurse=False)
     }
     adapted: dict[str, Tensor] = {}
+    decayed: dict[str, Tensor] = {}
     plain: dict[str, Tensor] = {}
     for name, param in module.named_parameters():
-        if param.requires_grad:
-            (plain if param.ndim <= 1 or id(param) in excluded else adapted)[name] = param
-    groups = [_group(adapted, weight_decay, adapt=True), _group(plain, 0.0, adapt=False)]
+        if not param.requires_grad:
+            continue
+        if param.ndim <= 1 or id(param) in excluded:
+            plain[name] = param
+        else:
+            (decayed if name.startswith(not_adapted) else adapted)[name] = param
+    groups = [
+        _group(adapted, weight_decay, adapt=True),
+        _group(decayed, weight_decay, adapt=False),
+        _group(plain, 0.0, adapt=False),
+    ]
     return [group for group in groups if group["params"]]
 
 

@@ -1,0 +1,84 @@
+"""The tables of a run's evaluations: their rows as they are read, from files that evaluations wrote."""
+
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+
+from tests.train.evaluated import make_sets, save_run
+from tools.report_accuracy import accuracy_tables
+from train.checkpoint import checkpoint_path
+from train.evaluation.classification import measure
+from train.evaluation.protocol import EvaluationConfig
+from train.evaluation.results import Result, write_result
+
+
+@pytest.fixture
+def config(tmp_path):
+    make_sets(tmp_path, counts=(12, 8), num_classes=4)
+    save_run(tmp_path / "run", step=4, average_seed=5)
+    data = {f"{split}_data": str(tmp_path / split / "set.beton") for split in ("train", "test")}
+    return EvaluationConfig(checkpoint=str(tmp_path / "run"), **data)
+
+
+def metrics(hits):
+    labels = torch.arange(8) // 2
+    predicted = torch.where(torch.arange(8) < hits, labels, (labels + 1) % 4)
+    return measure(torch.nn.functional.one_hot(predicted, 4).float(), labels, 4)
+
+
+def rows(page):
+    """The cells of every row, table after table."""
+    return [re.findall(r"<t[dh]>(.*?)</t[dh]>", row) for row in re.findall(r"<tr>(.*?)</tr>", page)]
+
+
+def test_every_evaluation_has_its_rows(config, tmp_path):
+    folder = tmp_path / "run" / "evaluation"
+    assert "Not evaluated yet" in accuracy_tables(folder)
+    few = Result(
+        protocol="knn",
+        figures={"all": [metrics(8)], "1": [metrics(4), metrics(6)]},
+        chosen={"k": 20},
+        chosen_by="leaving one <out>",
+    )
+    write_result(few, config)
+    write_result(Result(protocol="finetune", figures={"10%": [metrics(6)]}, suffix="10%"), config)
+    write_result(
+        Result(protocol="knn", figures={"all": [metrics(5)]}), replace(config, weights="average", head_layers=-1)
+    )
+    (folder / "other.json").write_text('{"format": "of someone else"}')
+    by_chosen = "k 20; leaving one &lt;out&gt;"
+    assert rows(accuracy_tables(folder)) == [
+        ["protocol, representation", "10%", "1", "all"],
+        ["finetune, learned, 10%", "75.0 ± 0.0", "", ""],
+        ["knn, learned, average of the weights, z", "", "", "62.5 ± 0.0"],
+        ["knn, learned", "", "62.5 ± 17.7", "100.0 ± 0.0"],
+        ["protocol, representation", "labels", "seeds", "top-1", "95 % interval", "top-5", "mean per class", "chosen"],
+        ["finetune, learned, 10%", "10% of the labels", "1", "75.0", "40.9 to 92.9", "100.0", "75.0", ""],
+        ["knn, learned, average of the weights, z", "all labels", "1", "62.5", "30.6 to 86.3", "100.0", "62.5", ""],
+        ["knn, learned", "all labels", "1", "100.0", "67.6 to 100.0", "100.0", "100.0", by_chosen],
+        ["knn, learned", "  1 label a class", "2", "62.5", "0.0 to 100.0", "100.0", "62.5", by_chosen],
+    ]
+
+
+def test_evaluations_of_several_checkpoints_and_sets_are_told_apart(config, tmp_path):
+    result = Result(protocol="knn", figures={"all": [metrics(8)]})
+    save_run(tmp_path / "run", step=8)
+    write_result(result, config)
+    write_result(result, replace(config, checkpoint=str(checkpoint_path(tmp_path / "run", 4))))
+    write_result(result, replace(config, test_data=config.train_data))
+    names = [row[0] for row in rows(accuracy_tables(tmp_path / "run" / "evaluation"))[1:4]]
+    test, train = config.test_data, config.train_data
+    assert sorted(names) == sorted(
+        [f"knn, learned, step 8, on {train}", f"knn, learned, step 4, on {test}", f"knn, learned, step 8, on {test}"]
+    )
+
+
+def test_a_damaged_file_is_named(config, tmp_path):
+    path = write_result(Result(protocol="knn", figures={"all": [metrics(8)]}), config)
+    path.write_text(path.read_text()[:-9])
+    with pytest.raises(
+        ValueError, match=r"knn-learned.json must be the JSON of an evaluation, got a damaged file; evalu"
+    ):
+        accuracy_tables(path.parent)
