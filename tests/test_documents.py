@@ -11,13 +11,16 @@ from pathlib import Path
 import pytest
 
 from train.config import config_from_dict, parse_pretrain_config, resolved_dict
+from train.evaluation.protocol import PROTOCOLS
 from train.optim.lars import peak_lr
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("native", "pipelines", "model", "train", "tools", "benchmarks")
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted(ROOT.glob("docs/**/*.md"))]
 SCRIPTS = {"train/pretrain.py": "train.pretrain", "train/evaluate.py": "train.evaluate"}
-OPTION = r"(?<![\w-])--[\w.-]*\w"
+SUBCOMMANDS = {"train.evaluate", "tools.pictures"}
+TOOLS = ("convert", "verify", "preview", "export", "import_checkpoint", "study")
+OPTION = r"(?<![\w*-])--[\w.-]*\w"
 FOREIGN_OPTIONS = {"--num_gpus", "--nproc_per_node", "--local_rank", "--bench-json"}
 FOREIGN_OPTIONS |= {"--hostfile", "--nnodes", "--time", "--signal"}
 """Of launchers, Slurm and pytest, where a sentence names them."""
@@ -84,7 +87,7 @@ def test_every_command_has_the_options_that_it_is_given(document, monkeypatch):
             assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE), words
         if started := of_ours(words):
             module, arguments = started
-            subcommand = arguments[0] if module == "train.evaluate" else None
+            subcommand = arguments[0] if module in SUBCOMMANDS else None
             given = {argument for argument in arguments if argument.startswith("--")}
             assert given <= options(module, subcommand), words
             if module == "train.pretrain":
@@ -94,8 +97,8 @@ def test_every_command_has_the_options_that_it_is_given(document, monkeypatch):
 @documents
 def test_every_option_and_field_in_a_sentence_exists(document):
     pretrain = options("train.pretrain")
-    known = pretrain | options("train.evaluate", "knn") | options("tools.convert") | options("tools.verify")
-    known |= options("tools.preview") | options("tools.export") | options("tools.import_checkpoint")
+    known = pretrain.union(*(options("train.evaluate", protocol) for protocol in PROTOCOLS))
+    known = known.union(*(options(f"tools.{tool}") for tool in TOOLS))
     for span in re.findall(r"`([^`]+)`", prose(document)):
         assert set(re.findall(OPTION, span)) <= known | FOREIGN_OPTIONS, span
         field = re.match(r"(?:data|augment|model|optim|schedule|train|online|log)(?:\.[a-z_]+)+(?=$|:)", span)
