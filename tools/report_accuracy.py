@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from train.evaluation.results import ALL_LABELS, FORMAT, labels_in_words
+from train.evaluation.results import ALL_LABELS, FORMAT, labels_in_words, options_of
 
 Record = dict[str, Any]
 
@@ -59,6 +59,16 @@ def accuracy_tables(folder: Path) -> str:
 
 def name_of(record: Record, records: list[Record]) -> str:
     """What a record measured, in words that tell it apart from the others."""
+    words = _subject(record, records)
+    alike = [other for other in records if _subject(other, records) == words]
+    for key in ("train_data", *options_of(record)):
+        if len({str(other.get(key)) for other in alike}) > 1:
+            words.append(f"{key} {record[key]}")
+    return ", ".join(words)
+
+
+def _subject(record: Record, records: list[Record]) -> list[str]:
+    """Protocol, network, checkpoint and test set."""
     words = [record["protocol"], record["representation"]]
     if record["suffix"]:
         words.append(record["suffix"])
@@ -72,7 +82,7 @@ def name_of(record: Record, records: list[Record]) -> str:
     for key, shown in (("checkpoint_step", "step {}"), ("test_data", "on {}")):
         if len({str(other[key]) for other in records}) > 1:
             words.append(shown.format(record[key]))
-    return ", ".join(words)
+    return words
 
 
 def _by_labels(names: list[str], records: list[Record]) -> str:

@@ -12,19 +12,30 @@ import shlex
 import signal
 import statistics
 import sys
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from pipelines.build import open_data
+from pipelines.build import Subset, open_data
 from tools.study_catalogue import CATALOGUE
 from tools.study_cells import supervised_cells
 from tools.study_config import StudyConfig, parse_study, words
 from tools.study_figure import draw
 from tools.study_grid import Cell, Grid, build_grid, configure
-from tools.study_records import Trial, claim_study_dir, kept, read_json, records_of, trials_of, write_json
+from tools.study_records import (
+    Trial,
+    claim_data,
+    claim_study_dir,
+    kept,
+    measured_so,
+    random_so,
+    records_of,
+    trials_of,
+    write_json,
+)
 from tools.study_results import collect, to_csv
 from tools.study_runs import Children, HowToRun, run_random, run_trials
 from tools.study_scale import num_parameters, scaled_down
@@ -33,7 +44,7 @@ from tools.whole_file import whole_file
 from train.cli import EXIT_INTERRUPTED, EXIT_RESUMABLE, RunInterrupted, run
 from train.config import PretrainConfig
 from train.evaluation.checks import check_splits
-from train.evaluation.labelled_data import LabelledData, open_labelled
+from train.evaluation.labelled_data import LabelledData, identity_of, open_labelled
 from train.run_lock import locked_run_dir
 from train.runtime import package_versions
 
@@ -88,12 +99,14 @@ def study(
     train, test = open_labelled(config.train_data, "train"), open_labelled(config.test_data, "test")
     check_splits(train, test)
     data = {"train_data": config.train_data, "test_data": config.test_data}
-    if config.table_only and not records_of(grid, config.num_seeds, out, protocol):
+    options = how.evaluation_options
+    if config.table_only and not records_of(grid, config.num_seeds, out, protocol, options):
         raise ValueError(f"`table_only` needs cells that are measured by {protocol}, there are none in {out}")
     out.mkdir(parents=True, exist_ok=True)
     random_record = out / f"random.{protocol}.json"
     with locked_run_dir(out):
         claim_study_dir(out, name, base, data, grid.study.varies)
+        claim_data(out, {"data.path": _pretrained_on(base), "train_data": train.identity, "test_data": test.identity})
         try:
             if not config.table_only:
                 with _signals():
@@ -101,9 +114,9 @@ def study(
                     run_trials(trials, how, children, print)
                     run_random(trials[0], how, random_record, children)
         finally:
-            records = records_of(grid, config.num_seeds, out, protocol)
+            records = records_of(grid, config.num_seeds, out, protocol, options)
             if records:
-                result = collect(grid, records, read_json(random_record), len(test.labels))
+                result = collect(grid, records, random_so(random_record, options), len(test.labels))
                 result |= _about(grid, config, how, test, arguments)
                 _write(result, out / f"{name}-{protocol}")
 
@@ -143,6 +156,13 @@ def _supervised(name: str, config: StudyConfig) -> list[Cell]:
     if name != "color":
         raise ValueError(f"`supervised` belongs to the study color, got {name}")
     return supervised_cells(words(config.columns), _num_classes(open_labelled(config.test_data, "test")))
+
+
+def _pretrained_on(base: PretrainConfig) -> dict[str, Any]:
+    """What tells the set of the pretraining apart from others, and from other parts of itself."""
+    data = open_data(base.data)
+    identity = dict(identity_of(base.data.path, "train") or {})
+    return identity | ({"rows_crc32": zlib.crc32(data.rows.tobytes())} if isinstance(data, Subset) else {})
 
 
 def _num_classes(data: LabelledData) -> int:
@@ -189,18 +209,18 @@ def _list_cells(grid: Grid, trials: list[Trial], how: HowToRun) -> None:
         images = open_data(config.data).num_samples
         steps = images // config.data.global_batch_size * config.train.epochs
         seen = steps * config.data.global_batch_size
-        record = kept(trial, f"{how.protocol}.json")
+        record = measured_so(trial, how.protocol, how.evaluation_options)
+        state = "measured" if record is not None else "trained" if kept(trial, "trained.json") is not None else "to do"
         if record is not None:
             rates.append(sum(record["seconds"].values()) / seen)
-        else:
+        elif state == "to do":
             left += seen
-        state = "measured" if record is not None else "trained" if trial.file("trained.json").exists() else "to do"
         print(
             f"{trial.name}: {steps:,} steps of {config.data.global_batch_size} images, {seen:,} in all; encoder of "
             f"{num_parameters(config) / 1e6:.3g} million parameters; {state}"
         )
-    print(f"{len(trials)} runs of {len(grid.cells)} cells; {left:,} images to train on in those not yet measured")
-    if rates:
+    print(f"{len(trials)} runs of {len(grid.cells)} cells; {left:,} images to train on in those not yet trained")
+    if rates and left:
         seconds = left * statistics.fmean(rates) / how.jobs
         print(f"about {seconds / 60:.0f} minutes at the pace of the {len(rates)} measured, {how.jobs} at once")
 

@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from tools.study_grid import ONLY
 from tools.study_results import FIGURE_NAMES, measured_at, published_at
 
 COLORS = ("#2f6fb4", "#c8553d", "#3d8f5f", "#8a5aa8", "#b0892b", "#4a5568", "#d07ba8")
@@ -96,9 +97,12 @@ def _bars(axes: Axes, result: Mapping[str, Any], *, measured: bool) -> None:
         baseline = 100 * result["random"][result["figures"][0]]
         axes.axvline(baseline, color="#555", linestyle="--", label="random weights")
     axes.set_yticks(range(len(rows)), rows)
+    axes.set_ylabel(result["rows"]["name"])
     axes.invert_yaxis()
     axes.margins(x=0.12)
-    axes.legend(fontsize=8)
+    if column != ONLY:
+        axes.set_xlabel(f"with {result['columns']['name']} {column}")
+    _legend(axes)
 
 
 def _lines(axes: Axes, result: Mapping[str, Any], *, measured: bool) -> None:
@@ -124,7 +128,20 @@ def _lines(axes: Axes, result: Mapping[str, Any], *, measured: bool) -> None:
     axes.set_xticks(range(len(columns)), columns)
     axes.set_xlabel(result["columns"]["name"])
     if axes.get_legend_handles_labels()[0]:
-        axes.legend(title=result["rows"]["name"], fontsize=8)
+        _legend(axes, title=result["rows"]["name"])
+
+
+def _legend(axes: Axes, title: str | None = None) -> None:
+    """Below the plot, where it hides nothing."""
+    axes.legend(
+        title=title,
+        loc="upper center",
+        bbox_to_anchor=(0.5, -0.12),
+        ncols=4,
+        fontsize=8,
+        title_fontsize=8,
+        frameon=False,
+    )
 
 
 def _errors(result: Mapping[str, Any], rows: list[str], column: str, name: str) -> np.ndarray[Any, Any]:

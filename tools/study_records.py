@@ -1,6 +1,7 @@
 """What a study's folder holds, and which configuration it belongs to.
 
 study.json                                  the study and its base configuration
+data.json                                   which sets it began with
 cells/CELL/seedK/                           a run directory: checkpoints, metrics.jsonl, …
 cells/CELL/seedK.yaml                       its configuration, to be started by hand as well
 cells/CELL/seedK.log                        what its processes printed
@@ -23,6 +24,7 @@ from tools.whole_file import whole_file
 from train.config import PretrainConfig, config_from_dict, flatten, is_adjustable, resolved_dict
 
 STUDY_FILE = "study.json"
+DATA_FILE = "data.json"
 FORMAT_VERSION = 1
 
 
@@ -147,11 +149,50 @@ def claim_study_dir(out: Path, name: str, base: PretrainConfig, data: Mapping[st
         )
 
 
-def records_of(grid: Grid, num_seeds: int, out: Path, protocol: str) -> dict[str, list[dict[str, Any]]]:
+def claim_data(out: Path, sets: Mapping[str, Mapping[str, Any]]) -> None:
+    """Write which sets a study uses, or check that they are still the same: a file may have become another one.
+
+    Args:
+        out: the study's folder.
+        sets: by the name of the option, what tells each set apart from others; JSON values.
+
+    Raises:
+        ValueError: one is another set now.
+    """
+    path = out / DATA_FILE
+    stored = read_json(path)
+    if stored is None:
+        write_json(path, sets)
+        return
+    for name, ours in sets.items():
+        if stored.get(name) != ours:
+            raise ValueError(
+                f"`{name}` is not the set that this study began with ({path}); give that one, choose another `out`, or "
+                f"remove {out} to start over"
+            )
+
+
+def measured_so(trial: Trial, protocol: str, options: Sequence[str]) -> dict[str, Any] | None:
+    """The record of a trial under a protocol and its options, or None; what has no protocol has no options."""
+    record = kept(trial, f"{protocol}.json")
+    if record is None or trial.cell.measure != "protocol":
+        return record
+    return record if record.get("evaluation_options", []) == list(options) else None
+
+
+def random_so(path: Path, options: Sequence[str]) -> dict[str, Any] | None:
+    """Likewise the record of random weights."""
+    record = read_json(path)
+    return record if record is None or record.get("evaluation_options", []) == list(options) else None
+
+
+def records_of(
+    grid: Grid, num_seeds: int, out: Path, protocol: str, options: Sequence[str] = ()
+) -> dict[str, list[dict[str, Any]]]:
     """What is measured so far: for each cell's name the records of its seeds, in their order."""
     records: dict[str, list[dict[str, Any]]] = {}
     for trial in trials_of(grid, num_seeds, out):
-        record = kept(trial, f"{protocol}.json")
+        record = measured_so(trial, protocol, options)
         if record is not None:
             records.setdefault(trial.cell.name, []).append(record)
     return records

@@ -32,7 +32,7 @@ def collect(
     Returns:
         `rows` and `columns` (`name`, `values`), `figures` (names), `cells` (a list: `row`, `column`, `name`, and by
         figure `mean`, `std`, `interval` (95 %), `interval_over` and `by_seed`; shares in [0, 1]), `missing` (names),
-        `published` (percent), `random`, and `order` (see `agreement`).
+        `published` (percent), `random` and the cell whose network that is, and `order` (see `agreement`).
     """
     study, published = grid.study, PUBLISHED[grid.study.name]
     cells = [
@@ -53,6 +53,7 @@ def collect(
         "cells": cells,
         "missing": [cell.name for cell in grid.cells if cell.name not in records],
         "random": None if random is None else dict(random["figures"]),
+        "random_cell": None if random is None else random["cell"],
         "published": _published(published),
         "remarks": list(study.remarks),
     }

@@ -26,7 +26,7 @@ from typing import Any, Literal
 import yaml
 
 from tools.study_grid import ACCURACY, CONTRASTIVE_ACCURACY, configure
-from tools.study_records import Trial, keep, kept, read_json, write_json
+from tools.study_records import Trial, keep, kept, measured_so, random_so, read_json, write_json
 from train.cli import EXIT_INTERRUPTED, EXIT_RESUMABLE, RunFailed, RunInterrupted
 from train.config import PretrainConfig, resolved_dict
 from train.metrics import read_metrics
@@ -117,7 +117,7 @@ def run_trials(trials: Sequence[Trial], how: HowToRun, children: Children, tell:
         RunFailed: some failed; their names and logs, after all others are done.
         RunInterrupted: told to stop; the same command goes on.
     """
-    waiting = [trial for trial in trials if kept(trial, f"{how.protocol}.json") is None]
+    waiting = [trial for trial in trials if measured_so(trial, how.protocol, how.evaluation_options) is None]
     failures: list[str] = []
     with ThreadPoolExecutor(how.jobs, initializer=_take_cores, initargs=(_shares(how.jobs),)) as pool:
         try:  # from here on, since a signal may come as soon as the first one is started
@@ -184,6 +184,7 @@ def _run_trial(trial: Trial, how: HowToRun, children: Children) -> None:
             "column": trial.cell.column,
             "seed": trial.seed,
             "protocol": how.protocol,
+            "evaluation_options": list(how.evaluation_options),
             "figures": figures,
             "seconds": {"train": trained["seconds"], "evaluate": seconds},
             "command": command,
@@ -198,14 +199,15 @@ def run_random(trial: Trial, how: HowToRun, record: Path, children: Children) ->
     """
     if trial.cell.measure != "protocol" or not trial.file("trained.json").exists():
         return
-    if read_json(record) is not None:
+    if random_so(record, how.evaluation_options) is not None:
         return
     output = trial.folder / f"seed{trial.seed}-{how.protocol}-{RANDOM}"
     shutil.rmtree(output, ignore_errors=True)
     command = measurement(trial, how, output, RANDOM)
     seconds = _timed(command, trial, children)
     figures = {"cell": trial.cell.name, "figures": measured(output), "seconds": {"evaluate": seconds}}
-    write_json(record, figures | {"protocol": how.protocol, "command": command})
+    about = {"protocol": how.protocol, "evaluation_options": list(how.evaluation_options), "command": command}
+    write_json(record, figures | about)
 
 
 def launch(how: HowToRun) -> list[str]:

@@ -13,6 +13,7 @@ from train.optim.lars import peak_lr
 
 PAPER_IMAGES = 1_281_167  # of ImageNet's ILSVRC-2012 training set
 PAPER_SIDE, PAPER_BATCH, PAPER_EPOCHS, PAPER_TEMPERATURE = 224, 4096, 100, 0.1
+PAPER_HEAD_LAYERS = 2
 PAPER_PROTOCOL = "linear"
 EVALUATION = {
     "linear": "a linear classifier by SGD on frozen features",
@@ -48,7 +49,10 @@ def _compared(
         yield "augmentation", "simclr, strength 1, blur 0.5", _augmentation(base)
     yield "encoder", "ResNet-50, width 1, 23.5 million parameters", _encoder(base, study)
     if "model.projection_head.num_layers" not in study.varies:
-        yield "projection head", "2 layers to 128", f"{head.num_layers} layers to {head.out_dim}"
+        paper, ours = f"{PAPER_HEAD_LAYERS} layers", f"{head.num_layers} layers"
+        if "model.projection_head.out_dim" not in study.varies:
+            paper, ours = f"{paper} to 128", f"{ours} to {head.out_dim}"
+        yield "projection head", paper, ours
     if "data.global_batch_size" not in study.varies:
         yield "batch", f"{PAPER_BATCH} images", f"{base.data.global_batch_size} images"
     if "train.epochs" not in study.varies:
@@ -59,13 +63,14 @@ def _compared(
     if "model.temperature" not in study.varies:
         yield "temperature", f"{PAPER_TEMPERATURE:g}", f"{base.model.temperature:g}"
     if "optim.base_lr" not in study.varies:
-        rate = peak_lr(base.optim, base.data.global_batch_size)
-        yield "optimizer", "LARS, peak rate 4.8, decay 1e-06", f"LARS, peak rate {rate:g}, decay {_decay(base)}"
-    yield "evaluation", EVALUATION[PAPER_PROTOCOL], EVALUATION.get(protocol, protocol)
+        yield "optimizer", "LARS, peak rate 4.8, decay 1e-06", _optimizer(base)
+    if protocol in EVALUATION:  # table 3's MLPs are both ours and the paper's
+        yield "evaluation", EVALUATION[PAPER_PROTOCOL], EVALUATION[protocol]
 
 
-def _decay(base: PretrainConfig) -> str:
-    return f"{base.optim.weight_decay:g}"
+def _optimizer(base: PretrainConfig) -> str:
+    rate = peak_lr(base.optim, base.data.global_batch_size)
+    return f"{base.optim.name.upper()}, peak rate {rate:g}, decay {base.optim.weight_decay:g}"
 
 
 def _augmentation(base: PretrainConfig) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from tools.study_grid import ONLY
 from tools.study_results import FIGURE_NAMES, measured_at, published_at
 
 
@@ -32,13 +33,15 @@ def grid_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _measured_how(result: Mapping[str, Any]) -> str:
-    seeds = max((len(f["by_seed"]) for cell in result["cells"] for f in cell["figures"].values()), default=0)
-    spread = (
-        f"mean ± standard deviation over {seeds} seeds; 95 % intervals are of that mean (Student's t)"
-        if seeds > 1
-        else "one seed; 95 % intervals are for the size of the test set (Wilson), and say nothing of other seeds"
+    counts = {len(f["by_seed"]) for cell in result["cells"] for f in cell["figures"].values()}
+    several = " or ".join(str(count) for count in sorted(counts - {1}))
+    spread = [f"mean ± standard deviation over {several} seeds; 95 % intervals are of that mean (Student's t)"] * (
+        several != ""
     )
-    return f"Percent, at the last epoch, by `{result['protocol']}`; {spread}."
+    if 1 in counts:
+        which = "of cells without ±, one seed" if several else "one seed"
+        spread += [f"{which}; 95 % intervals are for the size of the test set (Wilson), and say nothing of other seeds"]
+    return f"Percent, at the last epoch, by `{result['protocol']}`; {'; '.join(spread)}."
 
 
 def _list(result: Mapping[str, Any]) -> str:
@@ -53,7 +56,8 @@ def _list(result: Mapping[str, Any]) -> str:
     for row in result["rows"]["values"]:
         ours = [_figure(measured_at(result, row, column, name)) for name in figures]
         lines.append([row, *ours, *(_paper(published_at(result, row, column, name)) for name in papers)])
-    return f"{grid_table(head, lines)}\n\nThe paper's: {result['published']['source']}."
+    which = "" if column == ONLY else f"With {result['columns']['name']} {column}:\n\n"
+    return f"{which}{grid_table(head, lines)}\n\nThe paper's: {result['published']['source']}."
 
 
 def _matrices(result: Mapping[str, Any]) -> str:
@@ -108,7 +112,7 @@ def _random(result: Mapping[str, Any]) -> str:
     if not result["random"]:
         return ""
     figures = ", ".join(f"{FIGURE_NAMES[name]} {100 * value:.1f}" for name, value in result["random"].items())
-    return f"The same network with random weights: {figures}. Guessing: {result['guess']}."
+    return f"The network of {result['random_cell']} with random weights: {figures}. Guessing: {result['guess']}."
 
 
 def _order(result: Mapping[str, Any]) -> str:

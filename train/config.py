@@ -113,9 +113,14 @@ class TrainConfig:
     """Only operations that give the same bits each time; on GPUs slower. On the CPU runs are so anyway."""
     teacher: str | None = None
     """Of `model.method` distill: the run, or checkpoint, of the classifier network to learn from."""
+    teacher_sha256: str | None = None
+    """Digest of the teacher's file, as `sha256sum` prints it, for a run that no other teacher may go on with; null: of
+    any."""
     initial_encoder: str | None = None
     """A checkpoint whose encoder a new run starts from, of a run or as `python -m tools.import_checkpoint` writes it;
     with `model.method` supervised also the layers of the projection head that are kept."""
+    initial_encoder_sha256: str | None = None
+    """Digest of that file, likewise."""
 
     @property
     def keep(self) -> KeepConfig:

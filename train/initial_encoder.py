@@ -14,6 +14,7 @@ from typing import Literal
 from torch import Tensor
 
 from model.methods.base import Method
+from pipelines.manifest import file_sha256
 from train.checkpoint import Checkpoint, latest_checkpoint, load_checkpoint
 from train.checkpoint_keeping import best_checkpoint
 
@@ -90,17 +91,38 @@ def check_fits(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], sour
             raise ValueError(f"{source} holds `{name}` {list(found[name].shape)}, which has no place; {remedy}")
 
 
-def load_initial_encoder(path: str | Path, method: Method) -> None:
+def check_digest(path: Path, sha256: str | None, field: str) -> None:
+    """Refuse a file that is not the one that is meant.
+
+    Args:
+        path: of the file.
+        sha256: its digest; None: that of any.
+        field: of the configuration that names the file, for the message.
+
+    Raises:
+        ValueError: the digest is another one.
+    """
+    if sha256 is None:
+        return
+    with path.open("rb") as file:
+        found = file_sha256(file)
+    if found != sha256:
+        raise ValueError(f"`{field}` must be a file of sha256 {sha256}, {path} has {found}; give the one that is meant")
+
+
+def load_initial_encoder(path: str | Path, method: Method, sha256: str | None = None) -> None:
     """Start a method from the encoder of a checkpoint (the live weights), as `train.initial_encoder` asks.
 
     So do the other parts that `method.pretrained` names: the layers of the projection head that a classifier keeps.
-    What is left keeps its random weights. `path` is a file, or a run directory, whose latest one is taken.
+    What is left keeps its random weights. `path` is a file, or a run directory, whose latest one is taken; with
+    `sha256`, its digest must be that.
 
     Raises:
         ValueError: there is no such checkpoint, it is damaged, or its encoder or head is another one than this
             method's; nothing is changed then.
     """
     source = find_checkpoint(Path(path))
+    check_digest(source, sha256, "train.initial_encoder")
     checkpoint = load_checkpoint(source)
     found = encoder_weights(checkpoint, "live", source)
     theirs = checkpoint.config.get("model", {}).get("encoder", {})

@@ -213,7 +213,7 @@ def _build_method(config: PretrainConfig) -> Method:
     """With the weights that a new run starts from, on the CPU."""
     method = build_method(config.model, config.seed)
     if config.train.initial_encoder is not None and latest_checkpoint(config.run_dir) is None:
-        load_initial_encoder(config.train.initial_encoder, method)
+        load_initial_encoder(config.train.initial_encoder, method, config.train.initial_encoder_sha256)
     if isinstance(method, Distill):
         load_teacher(config, method)
     return method

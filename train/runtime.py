@@ -7,10 +7,12 @@ import importlib.metadata
 import logging
 import os
 import platform
+import random
 import socket
 import sys
 import threading
 import traceback
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -25,6 +27,7 @@ from train.slurm import slurm_ranks
 logger = logging.getLogger(__name__)
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # malloc.h of glibc
+PORTS = range(22_000, 32_000)  # above those of most jobs under Slurm, below those that the kernel lends
 PACKAGES = ("torch", "torchvision", "deepspeed", "ffcv", "numba", "numpy", "nvidia-dali-cuda130")
 
 
@@ -170,7 +173,12 @@ def package_versions() -> dict[str, str]:
 
 
 def free_port() -> int:
-    """A TCP port of this machine that nothing listens on."""
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return int(server.getsockname()[1])
+    """A TCP port of this machine that nothing listens on.
+
+    Below those that the kernel lends to connections: one of these may be lent before it is bound.
+    """
+    while True:
+        port = random.SystemRandom().choice(PORTS)
+        with socket.socket() as server, suppress(OSError):
+            server.bind(("", port))
+            return port

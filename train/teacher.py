@@ -16,7 +16,7 @@ from model.methods.supervised import Supervised
 from pipelines.build import Data, DataConfig
 from train.checkpoint import load_checkpoint, read_sections
 from train.config import PretrainConfig, config_from_dict
-from train.initial_encoder import check_fits, find_checkpoint
+from train.initial_encoder import check_digest, check_fits, find_checkpoint
 from train.labels import labels_of
 
 logger = logging.getLogger(__name__)
@@ -78,6 +78,7 @@ def load_teacher(config: PretrainConfig, method: Distill) -> None:
     """
     assert config.train.teacher is not None
     source, theirs = teacher_config(config.train.teacher)
+    check_digest(source, config.train.teacher_sha256, "train.teacher")
     checkpoint = load_checkpoint(source)
     with torch.device("meta"):
         network = build_method(theirs.model, theirs.seed)

@@ -43,7 +43,8 @@ class SimCLRWithMemory(SimCLR):
     ) -> None:
         super().__init__(encoder, projection_head, loss)
         check_memory(memory, loss=loss.name, exchange=loss.exchange)
-        self.memory = Memory(memory, self.encoder, self.projection_head, projection_head.out_dim)
+        dim = projection_head.out_dim if projection_head.num_layers else self.encoder.feature_dim
+        self.memory = Memory(memory, self.encoder, self.projection_head, dim)
         self._new_keys: Tensor | None = None  # of the last loss: the global batch's, view by view
 
     def weights_replaced(self) -> None:

@@ -188,6 +188,14 @@ def test_what_is_saved_goes_on_bit_for_bit():
         assert torch.equal(resumed.state_dict()[name], value), name
 
 
+def test_without_a_head_keys_are_as_wide_as_h():
+    trained = SimCLRWithMemory(ENCODER, ProjectionHeadConfig(num_layers=0), ContrastiveLoss(), MemoryConfig(size=20))
+    loss, _ = trained.double()(views(0))
+    trained.after_step(1)
+    assert loss.isfinite()
+    assert trained.memory.queue[:12].norm(dim=1).allclose(torch.ones(12, dtype=torch.float64))
+
+
 def test_other_weights_are_followed_from_the_start():
     trained, other = method(), method(seed=1)
     started_as = SimCLRWithMemory(ENCODER, HEAD, ContrastiveLoss(), MemoryConfig(size=1))

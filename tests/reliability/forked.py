@@ -14,8 +14,9 @@ from multiprocessing import forkserver
 from pathlib import Path
 
 from tests.reliability.held import hold_as_told
-from tests.reliability.processes import PATIENCE_S, free_port
+from tests.reliability.processes import PATIENCE_S
 from tests.train.runs import ROOT, environment, pretrain
+from train.runtime import free_port
 
 PRELOADED = ["torch", "torchvision", "deepspeed", "numba", "jsonargparse", "tqdm", "torch.utils.tensorboard"]
 READ_AT_IMPORT = {  # by what is preloaded; the script sets the same before it imports

@@ -6,8 +6,9 @@ from contextlib import suppress
 from pathlib import Path
 
 from tests.reliability import held
-from tests.reliability.processes import PATIENCE_S, free_port, kill_stragglers, ranks_of, wait_for
+from tests.reliability.processes import PATIENCE_S, kill_stragglers, ranks_of, wait_for
 from tests.train.runs import BIN, deepspeed, finish, pretrain, start
+from train.runtime import free_port
 
 
 def torchrun(num_ranks=2):

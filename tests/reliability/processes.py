@@ -1,11 +1,8 @@
 """Real runs of the scripts, to be hit by faults: start, wait, kill, compare."""
 
 import os
-import random
 import signal
-import socket
 import time
-from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -15,16 +12,6 @@ from train.metrics import read_metrics
 
 CLOCKS = ("images_per_sec", "data_wait")  # what differs between two equal runs
 PATIENCE_S = 400  # with what a slow machine, busy with other tests, does in a moment
-PORTS = range(22_000, 32_000)  # above those of jobs under Slurm, below those that the kernel gives out by itself
-
-
-def free_port():
-    """One that stays free until it is bound, unless another test draws the same."""
-    while True:
-        port = random.SystemRandom().choice(PORTS)
-        with socket.socket() as server, suppress(OSError):
-            server.bind(("", port))
-            return port
 
 
 def wait_for(condition, process, timeout_s=PATIENCE_S):

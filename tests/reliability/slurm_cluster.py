@@ -10,7 +10,8 @@ from contextlib import contextmanager
 from datetime import datetime, timedelta
 from pathlib import Path
 
-from tests.reliability.processes import PATIENCE_S, free_port
+from tests.reliability.processes import PATIENCE_S
+from train.runtime import free_port
 
 DAEMONS = ("munged", "slurmctld", "slurmd")
 STARTED = ("RUNNING", "COMPLETED", "FAILED")

@@ -8,10 +8,11 @@ import pytest
 from tests.pipelines.betons import make_beton
 from tests.reliability import held
 from tests.reliability import slurm_cluster as slurm
-from tests.reliability.processes import assert_same_state, curve, free_port, kill_stragglers, last_state
+from tests.reliability.processes import assert_same_state, curve, kill_stragglers, last_state
 from tests.reliability.record import record
 from tests.train.runs import ROOT, TINY, environment, finish, pretrain, start
 from train.checkpoint import latest_checkpoint
+from train.runtime import free_port
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(900)]
 

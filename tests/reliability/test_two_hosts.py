@@ -12,19 +12,12 @@ from tests.pipelines.betons import make_beton
 from tests.reliability import held
 from tests.reliability import hosts as nodes
 from tests.reliability.forked import Run
-from tests.reliability.processes import (
-    assert_same_state,
-    curve,
-    free_port,
-    kill_stragglers,
-    last_state,
-    num_checkpoints,
-    wait_for,
-)
+from tests.reliability.processes import assert_same_state, curve, kill_stragglers, last_state, num_checkpoints, wait_for
 from tests.reliability.record import record
 from tests.train.runs import finish, pretrain
 from train.cli import EXIT_RESUMABLE
 from train.metrics import read_metrics
+from train.runtime import free_port
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(900)]
 

@@ -3,7 +3,7 @@
 from tools.study_records import keep, trials_of
 
 
-def write_record(trial, protocol="knn", *, seconds=2.0, **figures):
+def write_record(trial, protocol="knn", *, seconds=2.0, options=(), **figures):
     """Beside the run directory of a trial, which there is none of."""
     keep(
         trial,
@@ -12,6 +12,7 @@ def write_record(trial, protocol="knn", *, seconds=2.0, **figures):
             "cell": trial.cell.name,
             "seed": trial.seed,
             "protocol": protocol,
+            "evaluation_options": list(options),
             "figures": figures,
             "seconds": {"train": seconds, "evaluate": 1.0},
         },

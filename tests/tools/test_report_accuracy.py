@@ -75,6 +75,15 @@ def test_evaluations_of_several_checkpoints_and_sets_are_told_apart(config, tmp_
     )
 
 
+def test_evaluations_with_other_options_are_told_apart(config, tmp_path):
+    result = Result(protocol="knn", figures={"all": [metrics(8)]})
+    write_result(result, config)
+    write_result(result, replace(config, seed=3))
+    write_result(result, replace(config, representation="random", seed=3))
+    names = [row[0] for row in rows(accuracy_tables(tmp_path / "run" / "evaluation"))[1:4]]
+    assert sorted(names) == ["knn, learned, seed 0", "knn, learned, seed 3", "knn, random"]
+
+
 def test_a_damaged_file_is_named(config, tmp_path):
     path = write_result(Result(protocol="knn", figures={"all": [metrics(8)]}), config)
     path.write_text(path.read_text()[:-9])

@@ -3,6 +3,7 @@
 import json
 import os
 import runpy
+import shutil
 import signal
 import sys
 import threading
@@ -21,7 +22,7 @@ from tools.study import study
 from tools.study_catalogue import CATALOGUE
 from tools.study_config import parse_study
 from tools.study_grid import build_grid
-from tools.study_records import claim_study_dir, read_json, trials_of
+from tools.study_records import claim_study_dir, keep, read_json, trials_of, write_json
 from tools.study_runs import Children, HowToRun, launch, measurement, run_trials
 from train.cli import EXIT_RESUMABLE, RunFailed, RunInterrupted
 
@@ -147,11 +148,15 @@ def test_a_dry_run_lists_cells_and_leaves_nothing(data, tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(":")[0] for line in lines[:-1]] == ["0.5, seed 0", "1, seed 0", "0.5, seed 1", "1, seed 1"]
     assert lines[0].startswith("0.5, seed 0: 4 steps of 16 images, 64 in all; encoder of ")
-    assert lines[-1] == "4 runs of 2 cells; 256 images to train on in those not yet measured"
+    assert lines[-1] == "4 runs of 2 cells; 256 images to train on in those not yet trained"
     assert not (tmp_path / "out").exists()
     write_record(trials_of(build_grid(CATALOGUE[name], base, rows=["0.5"]), 1, tmp_path / "out")[0], seconds=59.0)
+    keep(trials_of(build_grid(CATALOGUE[name], base, rows=["1"]), 1, tmp_path / "out")[0], "trained.json", {})
     study(name, config, base, [])
-    assert "about 3 minutes at the pace of the 1 measured, 1 at once" in capsys.readouterr().out
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.rpartition("; ")[2] for line in lines[:4]] == ["measured", "trained", "to do", "to do"]
+    assert lines[4].endswith("; 128 images to train on in those not yet trained")
+    assert lines[5] == "about 2 minutes at the pace of the 1 measured, 1 at once"
 
 
 def test_a_folder_belongs_to_one_configuration(data, tmp_path):
@@ -180,6 +185,50 @@ def test_a_cell_of_other_values_is_no_record_of_this_one(data, tmp_path):
     study(name, config, base, [])
     _, config, base = parsed(data, tmp_path, "--rows=16", "--table_only", "--optim.base_lr=1", name="lr_scaling")
     with pytest.raises(ValueError, match=r"`optim.base_lr` is 0.5 in .*16--linear/seed0.linear.json and 1.0 in this"):
+        study(name, config, base, [])
+
+
+def test_figures_under_other_options_of_the_protocol_are_not_those_asked_for(data, tmp_path, capsys):
+    words = ["--rows=0.5;1", "--table_only", "--protocol=knn"]
+    name, config, base = parsed(data, tmp_path, *words)
+    first, second = trials_of(build_grid(CATALOGUE[name], base, rows=["0.5", "1"]), 1, tmp_path)
+    write_record(first, accuracy=0.5)
+    write_record(second, options=["--k=[5]"], accuracy=0.75)
+    random = {"cell": "0.5", "figures": {"accuracy": 0.125}}
+    write_json(tmp_path / "random.knn.json", random)
+    study(name, config, base, [])
+    out = capsys.readouterr().out
+    assert "| 0.5 | 50.0 " in out
+    assert "| 1 |  |" in out
+    assert "with random weights: top-1 12.5" in out
+    study(*parsed(data, tmp_path, *words, "--evaluation_options=--k=[5]"), [])
+    out = capsys.readouterr().out
+    assert "| 0.5 |  |" in out
+    assert "| 1 | 75.0 " in out
+    assert "random weights" not in out
+
+
+def test_a_study_goes_on_with_the_sets_that_it_began_with_alone(data, tmp_path):
+    """Where they lie may change; what they hold may not."""
+    words = ["--rows=0.5", "--table_only", "--protocol=knn"]
+    name, config, base = parsed(data, tmp_path / "out", *words)
+    write_record(trials_of(build_grid(CATALOGUE[name], base, rows=["0.5"]), 1, tmp_path / "out")[0], accuracy=0.5)
+    study(name, config, base, [])
+    moved, other = tmp_path / "moved", tmp_path / "other"
+    moved.mkdir(), other.mkdir()
+    for file in data.parent.glob("set.beton*"):
+        shutil.copy(file, moved, follow_symlinks=True)
+    make_beton(other, [(16, 16)] * 48, encode="raw")
+    study(*parsed(data, tmp_path / "out", *words, f"--data.path={moved}/set.beton"), [])
+    for path in (f"--data.path={other}/set.beton", "--data.subset.fraction=0.5"):
+        with pytest.raises(
+            ValueError, match=r"`data.*. in this study|`data.path` is not the set that this study began"
+        ):
+            study(*parsed(data, tmp_path / "out", *words, path), [])
+    for file in other.glob("set.beton*"):
+        shutil.copy(file, moved)
+    _, config, base = parsed(data, tmp_path / "out", *words, f"--data.path={moved}/set.beton")
+    with pytest.raises(ValueError, match=r"`data.path` is not the set that this study began with \(.*out/data.json\)"):
         study(name, config, base, [])
 
 

@@ -4,6 +4,7 @@ import csv
 import io
 import itertools
 import statistics
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from tools.study_grid import build_grid
 from tools.study_published import PUBLISHED
 from tools.study_records import records_of, trials_of
 from tools.study_results import collect, measured_at, to_csv
+from tools.study_scale import scaled_down
 from tools.study_table import to_markdown
 from train.config import parse_pretrain_config
 
@@ -87,7 +89,7 @@ def test_the_composition_matrix_is_the_papers_figure(tmp_path, base):
         return (published.at(cell.row, cell.column) + published.at(cell.column, cell.row)) / 200
 
     write_records(grid, tmp_path, accuracy)
-    result = result_of(grid, tmp_path, random={"figures": {"accuracy": 0.2}})
+    result = result_of(grid, tmp_path, random={"cell": "crop--crop", "figures": {"accuracy": 0.2}})
     assert result["order"] == {"spearman": pytest.approx(1.0), "cells": 28}
     markdown = to_markdown(result)
     measured, paper = (rows_of(markdown, title) for title in ("## Measured", "## Published"))
@@ -97,7 +99,7 @@ def test_the_composition_matrix_is_the_papers_figure(tmp_path, base):
     assert float(measured[2][8]) == pytest.approx(100 * statistics.fmean(crop), abs=0.051)
     assert [row[1] for row in measured[2:]] == [measured[2][k] for k in range(1, 8)]  # its own mirror image
     assert paper[4] == ["color", "55.8", "35.5", "18.8", "21.0", "11.4", "16.5", "20.8", "25.7"]
-    assert "random weights: top-1 20.0. Guessing: 10.0" in markdown
+    assert "The network of crop--crop with random weights: top-1 20.0. Guessing: 10.0" in markdown
 
 
 def test_an_order_that_is_the_papers_reversed(tmp_path, base):
@@ -140,3 +142,30 @@ def test_figures_show_what_was_measured(name, tmp_path, base):
     left, right = (abs(pictures[0] - pictures[1])[:, part].max() for part in (slice(0, 780), slice(820, None)))
     assert left > 50
     assert right == 0  # the paper's half is the same
+
+
+def test_of_cells_with_one_seed_the_table_says_whose_intervals_those_are(tmp_path, base):
+    grid = build_grid(CATALOGUE["temperature"], base, rows=["0.1", "0.5"])
+    for trial in trials_of(grid, 2, tmp_path)[:3]:
+        write_record(trial, accuracy=0.5)
+    (words,) = [line for line in to_markdown(result_of(grid, tmp_path, num_seeds=2)).splitlines() if "seed" in line]
+    assert "over 2 seeds; 95 % intervals are of that mean (Student's t); of cells without ±, one seed; 95 %" in words
+
+
+def test_what_was_scaled_down_is_what_the_cells_were_trained_with(base):
+    def lines(name, base, protocol="linear"):
+        found = scaled_down(CATALOGUE[name], base, num_images=100, num_test=10, num_classes=2, protocol=protocol)
+        return {what: (there, here) for what, there, here in found}
+
+    sgd = replace(base, optim=replace(base.optim, name="sgd"))
+    assert lines("temperature", sgd)["optimizer"][1].startswith("SGD, peak rate 3,")
+    narrow = replace(base, model=replace(base.model, projection_head=replace(base.model.projection_head, out_dim=16)))
+    assert lines("temperature", narrow)["projection head"] == ("2 layers to 128", "2 layers to 16")
+    told = lines("transform_prediction", narrow, "transformation")
+    assert not {"projection head", "evaluation"} & set(told)  # z as wide as h, and MLPs, there and here
+
+
+def test_a_table_of_one_column_says_which(tmp_path, base):
+    grid = build_grid(CATALOGUE["color"], base, columns=["1/4"])
+    write_records(grid, tmp_path, lambda *_: 0.5)
+    assert "With colour strength 1/4:" in to_markdown(result_of(grid, tmp_path))

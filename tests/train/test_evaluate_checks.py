@@ -101,3 +101,11 @@ def test_features_that_are_not_finite_are_counted_and_the_first_is_named(monkeyp
         check_labelled(torch.zeros(40, 5), y, x, y)
     with pytest.raises(ValueError, match=r"test labels must be integers from 0, got torch.int64 from -1"):
         check_labelled(torch.zeros(40, 5), y, torch.zeros(40, 5), y - 1)
+
+
+def test_a_class_folder_without_images_is_named_with_its_set(tmp_path):
+    for name in ("cat", "dog"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "cat" / "1.png").touch()
+    with pytest.raises(OSError, match=rf"`test_data` must hold images in every class folder of {tmp_path}: .* dog"):
+        open_labelled(str(tmp_path), "test")

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from scipy.stats import binomtest, t
 from tests.train.evaluated import make_sets, save_run
 from train.checkpoint import checkpoint_path
 from train.evaluation.classification import measure
+from train.evaluation.knn_protocol import KNNConfig
 from train.evaluation.protocol import EvaluationConfig, Protocol, evaluate
 from train.evaluation.results import Result, sha256_of, write_result
 
@@ -116,6 +118,29 @@ def test_no_result_takes_the_place_of_another_ones(root, config):
     assert write_result(result, replace(config, test_data=config.train_data)) == written[7]
 
 
+def test_other_options_keep_apart(config, tmp_path):
+    result = Result(protocol="knn", figures={"all": [metrics(20)]})
+    options = {name: getattr(config, name) for name in EvaluationConfig.__dataclass_fields__}
+    of_7 = KNNConfig(**options, k=(7,), labels_per_class=(1,))
+    of_20 = KNNConfig(**options, k=(20,))
+    written = [write_result(result, one) for one in (of_20, of_7, replace(of_20, seed=3))]
+    assert written[0].name == "knn-learned.json"
+    assert len(set(written)) == 3
+    assert json.loads(written[0].read_text())["k"] == [20]
+    assert write_result(result, replace(of_7, batch_size=8, device="cpu", cache=False)) == written[1]  # move no figure
+
+
+def test_what_an_evaluation_would_go_on_from_goes_when_its_result_is_written(config, tmp_path):
+    (tmp_path / "unfinished").mkdir()
+    result = Result(protocol="linear", figures={"all": [metrics(20)]}, leftovers=[tmp_path / "unfinished"])
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="file"):
+        write_result(result, replace(config, output_dir=str(tmp_path / "file")))
+    assert (tmp_path / "unfinished").exists()
+    write_result(result, config)
+    assert not (tmp_path / "unfinished").exists()
+
+
 def test_runs_that_share_a_folder_of_results_keep_apart(root, config, tmp_path):
     result = Result(protocol="knn", figures={"all": [metrics(20)]})
     save_run(tmp_path / "other")
@@ -135,10 +160,13 @@ def test_by_default_it_lies_in_the_run(root, config):
 
 def test_an_evaluation_stays_with_the_checkpoint_that_it_began_with(root, config, tmp_path, monkeypatch):
     save_run(tmp_path / "run", step=4)
+    before = []
 
     def run(asked):
         assert asked.checkpoint == str(checkpoint_path(tmp_path / "run", 4))
-        save_run(tmp_path / "run", step=8)  # training goes on meanwhile
+        save_run(tmp_path / "run", step=8)  # training goes on meanwhile, and removes its older checkpoints
+        before.append(sha256_of(Path(asked.checkpoint)))
+        Path(asked.checkpoint).unlink()
         return Result(protocol="knn", figures={"all": [metrics(20)]})
 
     protocol = Protocol(
@@ -147,7 +175,12 @@ def test_an_evaluation_stays_with_the_checkpoint_that_it_began_with(root, config
     monkeypatch.setattr("train.evaluation.results.run_of_this_test", run, raising=False)
     _, path = evaluate(protocol, replace(config, checkpoint=str(tmp_path / "run")))
     assert path.name == "knn-learned.json"
-    assert json.loads(path.read_text())["checkpoint_step"] == 4
+    record = json.loads(path.read_text())
+    assert (record["checkpoint_step"], record["checkpoint_sha256"]) == (4, before[0])
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=r"`output_dir` must be a folder, got the file .*file; name another one"):
+        evaluate(protocol, replace(config, checkpoint=str(tmp_path / "run"), output_dir=str(tmp_path / "file")))
+    assert len(before) == 1, "refused before anything is computed"
 
 
 def test_several_ranks_are_refused_where_one_process_does_the_work(config, monkeypatch):

@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from tests.pipelines.betons import make_beton
-from tests.reliability.processes import free_port
 from tests.train.runs import BIN, finish, pretrain, start
 from train.checkpoint import latest_checkpoint, list_checkpoints, load_checkpoint
 from train.metrics import read_metrics
+from train.runtime import free_port
 
 pytestmark = pytest.mark.distributed
 

@@ -44,7 +44,7 @@ def test_what_is_written_in_pieces_is_read_whole(tmp_path):
         assert file.get_tensor("labels").tolist() == LABELS.tolist()
     found.zero_()  # a map of one's own
     assert torch.equal(read_features(path, KEY)[0], values())
-    assert read_features(cache_path(tmp_path, KEY | {"network": "abd"}), KEY) is None
+    assert read_features(cache_path(tmp_path, KEY | {"network": "xyz"}), KEY) is None
 
 
 def test_a_file_does_not_depend_on_its_pieces(tmp_path):
@@ -96,11 +96,11 @@ def test_a_torn_file_is_named_and_made_anew(tmp_path, caplog, spoil, message):
 
 
 def test_features_of_something_else_are_refused(tmp_path):
-    other = KEY | {"network": "abd"}
+    other = KEY | {"network": "xyz"}
     path = cache_path(tmp_path, KEY)
     write(tmp_path, other).rename(path)
     with pytest.raises(
-        ValueError, match=rf"{path.name} must hold features of `network` abc, got those of abd: .*remov"
+        ValueError, match=rf"{path.name} must hold features of `network` abc, got those of xyz: .*remov"
     ):
         read_features(path, KEY)
     save_file({"features": torch.zeros(3)}, path)
@@ -131,6 +131,21 @@ def test_remains_of_a_killed_process_go_and_those_of_a_living_one_stay(tmp_path)
         fcntl.flock(file, fcntl.LOCK_EX)
         write(tmp_path)
         assert sorted(tmp_path.iterdir()) == sorted([living, path])
+
+
+def test_what_another_process_takes_for_remains_before_it_is_locked_is_begun_again(tmp_path, monkeypatch):
+    lock, removed = fcntl.flock, []
+
+    def late(file, operation):
+        if not removed:
+            removed.extend(tmp_path.glob(".*.partial"))
+            removed[0].unlink()  # as one does that begins at this very moment
+        lock(file, operation)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    path = write(tmp_path)
+    assert removed
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
 
 
 def test_a_disk_that_takes_no_more_is_named_with_the_remedy(tmp_path):

@@ -173,7 +173,7 @@ def test_an_imported_encoder_has_no_head(ask, tmp_path):
     assert found.features("test").values.shape == (24, 64)
     assert (tmp_path / "alone" / "evaluation" / "features").is_dir()
     with pytest.raises(
-        ValueError, match=r"`head_layers` must be 0 for .*alone.safetensors, which holds an encoder alo"
+        ValueError, match=r"`head_layers` must be 0 for .*alone.safetensors, which holds an encoder alone"
     ):
         found.representations("test", (0, -1))
 

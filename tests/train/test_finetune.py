@@ -19,7 +19,6 @@ from pipelines.build import DataConfig, Subset, build_loader, open_data
 from pipelines.manifest import load_manifest
 from pipelines.subset import SubsetConfig, choose_rows
 from tests.reliability.forked import Forked, run_script, variables_of
-from tests.reliability.processes import free_port
 from tests.train.evaluated import CONFIG, evaluate, make_sets, save_run
 from train.checkpoint import Checkpoint, checkpoint_path, latest_checkpoint, load_checkpoint, save_checkpoint
 from train.cli import RunInterrupted
@@ -27,8 +26,10 @@ from train.config import TrainConfig, config_from_dict, resolved_dict
 from train.evaluation.finetune import FinetuneConfig, run_finetune, training_of
 from train.evaluation.labelled_data import open_labelled
 from train.evaluation.network_accuracy import load_network, network_accuracy, network_scores
+from train.evaluation.transfer import TransferConfig, run_transfer
 from train.metrics import MetricsWriter
 from train.optim.lars import peak_lr
+from train.runtime import free_port
 
 CPU = torch.device("cpu")
 RUN = replace(
@@ -281,6 +282,22 @@ def test_another_training_does_not_go_on_in_its_place(root, tmp_path):
     run_finetune(asked(root, tmp_path))
     with pytest.raises(ValueError, match=r"`train.micro_batch_size` is None .* and 8 in this run"):
         run_finetune(asked(root, tmp_path, micro_batch_size=8))
+
+
+def test_what_another_checkpoint_of_that_name_began_is_not_believed(root, tmp_path):
+    config = asked(root, tmp_path / "out", checkpoint=str(tmp_path / "run"))
+    save_run(tmp_path / "run", config=RUN)
+    run_finetune(config)
+    save_run(tmp_path / "run", config=RUN, seed=99)  # in its place
+    with pytest.raises(ValueError, match=r"`train.initial_encoder_sha256` is \w+ in .* and \w+ in this run"):
+        run_finetune(config)
+    settings = {"learning_rates": (0.01, 0.1), "weight_decays": (0.0,), "steps": 2, "mode": "finetune"}
+    data = {name: getattr(config, name) for name in COMMON} | {"validation_fraction": 0.25}
+    transfer = TransferConfig(**data | settings)
+    run_transfer(transfer)
+    save_run(tmp_path / "run", config=RUN, seed=98)
+    with pytest.raises(ValueError, match=r"`train.initial_encoder_sha256` is \w+ in .*lr0.01-wd0"):
+        run_transfer(transfer)
 
 
 def names_of(root, classes):

@@ -5,6 +5,7 @@ import logging
 import math
 from contextlib import closing, contextmanager
 from dataclasses import replace
+from shutil import rmtree
 
 import pytest
 import torch
@@ -254,11 +255,11 @@ def test_a_stream_that_is_cut_off_goes_on_bit_for_bit(case, caplog):
     heads = [Head(base_lr=0.5, weight_decay=0.0, skips_held_out=True), *config.settings]
     held_out = hold_out(torch.arange(TRAIN) % 5, 0.2, 0)
     whole = LinearTraining(config).train(heads, 17, held_out)
-    whole.unfinished.remove()
+    rmtree(whole.unfinished.folder)
     with pytest.raises(KeyboardInterrupt):
         CutOff(config, 1).train(heads, 17, held_out)
     other = CutOff(config, 3)
-    other.train(heads, 18, held_out).unfinished.remove()
+    rmtree(other.train(heads, 18, held_out).unfinished.folder)
     assert other.epochs == [0, 1, 2], "another seed is another training"
     rest = CutOff(config, 3)
     found = rest.train(heads, 17, held_out)
@@ -272,9 +273,11 @@ def test_a_stream_that_is_cut_off_goes_on_bit_for_bit(case, caplog):
         anew.train(heads, 17, held_out)
     assert anew.epochs == [0, 1, 2]
     assert "the evaluation starts anew" in caplog.text
-    found.unfinished.remove()
+    rmtree(found.unfinished.folder)
     before = sorted(case.glob("run/evaluation/unfinished/*"))
-    run_linear(config)
+    result = run_linear(config)
+    assert sorted(case.glob("run/evaluation/unfinished/*")) != before, "until its result is written, it can go on"
+    write_result(result, config)
     assert sorted(case.glob("run/evaluation/unfinished/*")) == before, "what is finished leaves nothing behind"
 
 

@@ -1,6 +1,7 @@
 """Streamed linear evaluation on two ranks: the heads of one process, and the same ones on both."""
 
 import os
+from shutil import rmtree
 
 import pytest
 import torch
@@ -35,7 +36,7 @@ def train_on_rank(rank, folder):
 def test_ranks_take_the_steps_of_one_process(tmp_path):
     make_case(tmp_path)
     weight, bias, losses, unfinished = train(tmp_path)
-    unfinished.remove()  # else the ranks would go on from it, and have nothing left to do
+    rmtree(unfinished.folder)  # else the ranks would go on from it, and have nothing left to do
     for of_rank in run_ranks(train_on_rank, 2, tmp_path, timeout_s=240):
         torch.testing.assert_close(of_rank[0], weight, rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(of_rank[1], bias, rtol=1e-5, atol=1e-6)

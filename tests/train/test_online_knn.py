@@ -1,5 +1,6 @@
 """Nearest neighbours during a run: the figure of `train/evaluate.py knn`, on any number of ranks, without a trace."""
 
+import dataclasses
 import math
 import random
 from contextlib import closing
@@ -13,6 +14,7 @@ from model.build import ModelConfig, build_method
 from model.resnet import EncoderConfig
 from pipelines.augment import AugmentConfig
 from pipelines.build import DataConfig
+from pipelines.subset import SubsetConfig, choose_rows
 from tests.distributed.ranks import run_ranks
 from tests.pipelines.betons import make_beton
 from train.config import PretrainConfig
@@ -142,6 +144,18 @@ def test_rows_are_balanced_and_always_the_same():
     assert 2 < np.mean(np.diff(rows)) < 8, "spread over the file"
     for limit in (0, 1000, 1001):
         assert np.array_equal(balanced_rows(labels, limit), np.arange(1000))
+
+
+def test_hidden_labels_are_no_neighbours(data):
+    config = config_of(data)
+    shown = dataclasses.replace(config.data, labelled=SubsetConfig(per_class=4), subset=SubsetConfig(fraction=0.5))
+    found, whole = (open_neighbour_sets(config.online, each).train for each in (shown, config.data))
+    rows = choose_rows(shown.labelled, whole.labels, None, len(whole.labels))
+    assert found.labels.tolist() == whole.labels[rows].tolist()
+    assert found.beton.offsets.tolist() == whole.beton.offsets[rows].tolist()
+    one = dataclasses.replace(shown, labelled=SubsetConfig(fraction=0.01))
+    named = dataclasses.replace(config.online, train_data=config.data.path)
+    assert len(open_neighbour_sets(named, one).train.labels) == NUM_TRAIN  # another set is not hidden
 
 
 def test_chosen_samples_are_those_of_the_file(data):

@@ -9,10 +9,11 @@ import yaml
 
 from tests.pipelines.betons import make_beton
 from tests.reliability.held import SCRIPT, Hold
-from tests.reliability.processes import free_port, wait_for
+from tests.reliability.processes import wait_for
 from tests.train.runs import BIN, deepspeed, finish, pretrain, start
 from train.checkpoint import latest_checkpoint, load_checkpoint
 from train.metrics import read_metrics
+from train.runtime import free_port
 
 NUM_IMAGES = 80
 STEPS_PER_EPOCH = 5  # batches of 16

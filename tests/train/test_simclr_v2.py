@@ -99,6 +99,34 @@ def train_everything(folder, beton):
     assert run_distillation(config).figures == result.figures  # once more: nothing is trained
     assert latest_checkpoint(folder / "out" / SMALL).stat().st_mtime_ns == newest
     run_distillation(asked(folder, beton, epochs=1, checkpoint=str(folder / "simclr")))
+    teach_in_turn(folder, beton)
+
+
+def teach_in_turn(folder, beton):
+    """A student teaches; then its teacher is another one in its place."""
+    few = SubsetConfig(per_class=4)
+    trained(
+        run_of(folder, beton, name="few", epochs=1, data=DataConfig(path=str(beton), global_batch_size=12, subset=few))
+    )
+    first = asked(folder, beton, teacher=str(folder / "few"), output_dir=str(folder / "first"), epochs=1)
+    (student,) = run_distillation(first).details["runs"]
+    amounts = {}
+    for name, labels in (
+        ("none", None),
+        ("same", few),
+        ("other", dataclasses.replace(few, seed=1)),
+        ("all", SubsetConfig()),
+    ):
+        told = {} if labels is None else {"labels": labels, "label_weight": 0.5}
+        config = asked(folder, beton, teacher=student, output_dir=str(folder / name), epochs=1, **told)
+        amounts[name] = list(run_distillation(config).figures)
+    (folder / "amounts.json").write_text(json.dumps(amounts))
+    newest = latest_checkpoint(folder / "few")
+    newest.write_bytes(latest_checkpoint(folder / "teacher").read_bytes())
+    with pytest.raises(ValueError, match=r"`train.teacher_sha256` is \w+ in .* and \w+ in this run"):
+        run_distillation(first)
+    with pytest.raises(ValueError, match=r"temperature` must be finite and above 0, got 0.0"):
+        run_distillation(dataclasses.replace(first, temperature=0.0))
 
 
 def with_memory(folder, beton, name):
@@ -243,6 +271,11 @@ def loader_of(config, beton, augment=AUGMENT):
         dtype=torch.float32,
         num_cores=1,
     )
+
+
+def test_amounts_are_those_that_a_student_goes_back_to(runs):
+    amounts = json.loads((runs / "amounts.json").read_text())
+    assert amounts == {"none": ["4"], "same": ["4"], "other": ["4+4"], "all": ["all"]}
 
 
 def test_bad_input_is_named(runs, beton, tmp_path):

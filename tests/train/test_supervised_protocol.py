@@ -13,7 +13,7 @@ from pipelines.subset import SubsetConfig
 from tests.train.evaluated import CONFIG, make_sets, save_run
 from train.checkpoint import latest_checkpoint, load_checkpoint
 from train.config import TrainConfig, config_from_dict
-from train.evaluation.supervised import SupervisedConfig, run_supervised
+from train.evaluation.supervised import SupervisedConfig, run_supervised, stretched
 from train.optim.lars import LARSConfig
 from train.schedule import ScheduleConfig
 
@@ -91,3 +91,10 @@ def test_a_batch_of_the_run_must_fit_the_labels(root, tmp_path):
     with pytest.raises(ValueError, match="`global_batch_size` must not exceed the 24 labelled images, got 32"):
         run_supervised(asked(root, tmp_path / "out", labels=SubsetConfig(per_class=6)))
     assert not (tmp_path / "out").exists()
+
+
+def test_a_schedule_is_stretched_with_the_epochs():
+    schedule = ScheduleConfig(warmup_epochs=10.0, sizes=((0, 16), (50, 24)))
+    shorter = stretched(schedule, 0.1)
+    assert (shorter.warmup_epochs, shorter.sizes) == (1.0, ((0, 16), (5, 24)))
+    assert stretched(ScheduleConfig(warmup_epochs=None, warmup_steps=30), 0.5).warmup_steps == 15

@@ -13,10 +13,9 @@ import torch
 import torch.distributed as dist
 
 from tests.reliability.forked import Forked, variables_of
-from tests.reliability.processes import free_port
 from train.cli import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_RESUMABLE, RunFailed, run
 from train.heartbeats import Standing, is_of_a_collective, seconds_between
-from train.runtime import Ranks
+from train.runtime import Ranks, free_port
 from train.watchdog import Watchdog, last_ranks
 
 TIMEOUT_S = 4.0  # as long as a rank that is well may take for a step on a busy machine

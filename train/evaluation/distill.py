@@ -13,6 +13,7 @@ The last epoch is what is measured.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from train.evaluation.labelled_data import LabelledData, open_labelled
 from train.evaluation.labelled_run import Source, Training, check_fills_a_batch, run_config, train_all
 from train.evaluation.network_accuracy import network_accuracy
 from train.evaluation.protocol import EvaluationConfig, Result
-from train.evaluation.results import sha256_of
+from train.evaluation.results import ALL_LABELS, sha256_of
 from train.evaluation.seeded_runs import amount_of
 from train.initial_encoder import find_checkpoint, results_dir
 from train.labels import labels_of
@@ -116,7 +117,8 @@ def run_distillation(config: DistillationConfig) -> Result:
     check_fills_a_batch(config.global_batch_size, len(source.train.labels))
     student = source.config.model.encoder
     alike = student == theirs.model.encoder
-    distill = DistillConfig(temperature=config.temperature or (0.1 if alike else 1.0), label_weight=config.label_weight)
+    temperature = (0.1 if alike else 1.0) if config.temperature is None else config.temperature
+    distill = DistillConfig(temperature=temperature, label_weight=config.label_weight)
     training = Training(
         optim=LARSConfig(base_lr=config.base_lr, lr_scaling="sqrt", momentum=0.9, weight_decay=config.weight_decay),
         schedule=ScheduleConfig(warmup_epochs=WARMUP_SHARE * config.epochs),
@@ -124,10 +126,12 @@ def run_distillation(config: DistillationConfig) -> Result:
         global_batch_size=config.global_batch_size,
         micro_batch_size=config.micro_batch_size,
     )
+    amount = _amount(_labels_behind(theirs) + [config.labels] * (config.label_weight > 0))
+    taught_by = {"teacher": str(teacher.absolute()), "teacher_sha256": sha256_of(teacher)}
     seeds = [config.seed + i for i in range(config.num_seeds)]
     suffix = _suffix(config, student, alike=alike)
     runs = [
-        _run(source, training, config, distill, teacher.absolute(), name=f"distill-{suffix}-seed{seed}", seed=seed)
+        _run(source, training, config, distill, taught_by, name=f"distill-{suffix}-seed{seed}", seed=seed)
         for seed in seeds
     ]
     train_all(runs)
@@ -141,10 +145,8 @@ def run_distillation(config: DistillationConfig) -> Result:
         )
         for run in runs
     ]
-    amount = amount_of(theirs.data.subset)
     details: dict[str, Any] = {
-        "teacher": str(teacher),
-        "teacher_sha256": sha256_of(teacher),
+        **taught_by,
         "teacher_encoder": asdict(theirs.model.encoder),
         "student_encoder": asdict(student),
         "starts_from": "the checkpoint" if config.checkpoint else "random weights",
@@ -183,6 +185,7 @@ def _source(config: DistillationConfig, teacher: Path, theirs: PretrainConfig) -
     folder = results_dir(start or teacher) / "evaluation"
     return Source(
         path=start or teacher,
+        digest=sha256_of(start or teacher),
         config=dataclasses.replace(
             base,
             model=dataclasses.replace(base.model, encoder=encoder),
@@ -209,6 +212,32 @@ def _open_images(path: str) -> LabelledData:
     return LabelledData(split="train", path=path, data=data, labels=unknown, classes=None, identity={})
 
 
+def _labels_behind(run: PretrainConfig) -> list[SubsetConfig]:
+    """Those that a teacher goes back to: its own, and its teachers'.
+
+    Raises:
+        ValueError: it was taught by a run that is not there any more.
+    """
+    if run.model.method == "supervised":
+        return [run.data.subset]
+    assert run.train.teacher is not None
+    try:
+        _, theirs = teacher_config(run.train.teacher)
+    except (ValueError, OSError) as error:
+        raise ValueError(
+            f"`teacher` was taught by {run.train.teacher}, which tells how many labels it goes back to and must be "
+            f"there, got: {error}"
+        ) from error
+    return _labels_behind(theirs) + [run.data.labelled] * (run.model.distill.label_weight > 0)
+
+
+def _amount(labels: Sequence[SubsetConfig]) -> str:
+    """How many labels a student knows of, in words: `1%`, or `1%+10%` where they are not the same ones."""
+    if any(each.is_whole for each in labels):
+        return ALL_LABELS
+    return "+".join(amount_of(each) for each in dict.fromkeys(labels))
+
+
 def _suffix(config: DistillationConfig, student: EncoderConfig, *, alike: bool) -> str:
     """Tells results apart: who learned, from where, and what else."""
     size = f"r{student.depth}-{student.width:g}x" + ("-sk" if student.selective_kernel else "")
@@ -223,7 +252,7 @@ def _run(
     training: Training,
     config: DistillationConfig,
     distill: DistillConfig,
-    teacher: Path,
+    taught_by: dict[str, str],
     *,
     name: str,
     seed: int,
@@ -234,5 +263,5 @@ def _run(
         run,
         data=dataclasses.replace(run.data, labelled=config.labels),
         model=dataclasses.replace(run.model, method="distill", distill=distill),
-        train=dataclasses.replace(run.train, teacher=str(teacher)),
+        train=dataclasses.replace(run.train, teacher=taught_by["teacher"], teacher_sha256=taught_by["teacher_sha256"]),
     )

@@ -22,7 +22,7 @@ import shutil
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from io import BufferedReader
+from io import BufferedReader, BufferedWriter
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -99,9 +99,7 @@ class FeatureWriter:
         with self._explained():
             path.parent.mkdir(parents=True, exist_ok=True)
             _remove_remains(path)
-            self._file = self._partial.open("xb")
-        with suppress(OSError):  # a file system without locks: remains of a killed process stay there
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._file = _open_locked(self._partial)
         self._width: int | None = None
         self._num_rows = self._crc = 0
 
@@ -230,6 +228,17 @@ def _checksum(array: NDArray[Any]) -> int:
     for start in range(0, len(content), PIECE_BYTES):
         crc = zlib.crc32(content[start : start + PIECE_BYTES].data, crc)
     return crc
+
+
+def _open_locked(path: Path) -> BufferedWriter:
+    """A new file that no other process takes for remains."""
+    while True:
+        file = path.open("xb")
+        with suppress(OSError):  # a file system without locks: remains of a killed process stay there
+            fcntl.flock(file, fcntl.LOCK_EX)
+        if path.exists():
+            return file
+        file.close()  # removed by another process that began meanwhile, before it was locked
 
 
 def _remove_remains(path: Path) -> None:

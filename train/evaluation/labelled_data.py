@@ -87,7 +87,12 @@ def _open_folder(path: str, split: Split) -> LabelledData:
     from pipelines.folder_dataset import list_images
 
     root = Path(path)
-    images = list_images(root)
+    try:
+        images = list_images(root)
+    except FileNotFoundError as error:  # torchvision names neither field nor folder
+        raise FileNotFoundError(
+            f"`{split}_data` must hold images in every class folder of {path}: {' '.join(str(error).split())}"
+        ) from error
     labels = np.array([label for _, label in images], np.int64)
     classes = find_classes(path)[0] if labels.max() >= 0 else None
     digest = hashlib.sha256()

@@ -30,6 +30,7 @@ from train.evaluation.checks import check_splits
 from train.evaluation.labelled_data import LabelledData, open_labelled
 from train.evaluation.protocol import EvaluationConfig
 from train.evaluation.representation import build_network
+from train.evaluation.results import sha256_of
 from train.initial_encoder import find_checkpoint, results_dir
 from train.interruption import Interruption
 from train.online.config import OnlineConfig
@@ -48,6 +49,7 @@ class Source:
 
     Attributes:
         path: the pretrained run's checkpoint.
+        digest: of that file: a run that began with it does not go on when another one has its name.
         config: of the pretrained run.
         head_layers: of its projection head that are kept.
         starts_from_it: whether its weights are where training starts; else they are those of the seed.
@@ -59,6 +61,7 @@ class Source:
     """
 
     path: Path
+    digest: str
     config: PretrainConfig
     head_layers: int
     starts_from_it: bool
@@ -98,6 +101,7 @@ def open_source(config: EvaluationConfig) -> Source:
     classes, num_classes = check_splits(train_data, test_data)
     return Source(
         path=path,
+        digest=sha256_of(path),
         config=config_from_dict(checkpoint.config),
         head_layers=network.resolve(config.head_layers),
         starts_from_it=config.representation == "learned",
@@ -225,9 +229,11 @@ def _train(theirs: TrainConfig, training: Training, config: EvaluationConfig, so
         ema_decay=0.0,
         gradient_clipping=0.0,
         teacher=None,
+        teacher_sha256=None,
         epochs=training.epochs,
         micro_batch_size=training.micro_batch_size,
         keep_checkpoints=1,
         device=theirs.device if config.device == "auto" else config.device,
         initial_encoder=str(source.path) if source.starts_from_it else None,
+        initial_encoder_sha256=source.digest if source.starts_from_it else None,
     )

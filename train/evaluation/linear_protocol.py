@@ -57,8 +57,6 @@ def run_linear(config: LinearConfig) -> Result:
         measure_head(one.heads, on_all_rows + best, test.values, test.labels, test.num_classes, test.classes)
         for one in trained
     ]
-    for one in trained:
-        one.unfinished.remove()
     return Result(
         protocol="linear",
         figures={"all": figures},
@@ -71,6 +69,7 @@ def run_linear(config: LinearConfig) -> Result:
         ],
         details=_details(training, held_out),
         suffix=_suffix(config),
+        leftovers=[one.unfinished.folder for one in trained],
     )
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import shutil
 from collections.abc import Sequence
 from dataclasses import asdict
 
@@ -29,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 
 class Unfinished:
-    """The file of one training.
+    """The file of one training, in a folder that goes when the result is written.
 
     Args:
         source: of the checkpoint and the set.
@@ -60,8 +59,8 @@ class Unfinished:
         }
         digest = hashlib.sha256(json.dumps(self._identity, sort_keys=True).encode()).hexdigest()[:32]
         # In a folder of its own, since writing a checkpoint clears away what killed processes left of others.
-        folder = results_dir(source.path) / "evaluation" / "unfinished" / f"linear-{digest}"
-        self.path = folder / "heads.safetensors"
+        self.folder = results_dir(source.path) / "evaluation" / "unfinished" / f"linear-{digest}"
+        self.path = self.folder / "heads.safetensors"
 
     def load(self, heads: LinearHeads) -> tuple[int, list[float]]:
         """Let heads go on from the file, if there is a whole one. All ranks must call.
@@ -100,10 +99,6 @@ class Unfinished:
                 config=self._identity,
             ),
         )
-
-    def remove(self) -> None:
-        """When the evaluation is done."""
-        shutil.rmtree(self.path.parent, ignore_errors=True)
 
     def _read(self) -> Checkpoint | None:
         if not self.path.exists():

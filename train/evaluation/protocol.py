@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from train.evaluation.results import Result, write_result
+from train.evaluation.results import Result, identify, write_result
 from train.initial_encoder import Weights, Which, find_checkpoint
 from train.runtime import read_ranks
 
@@ -173,8 +173,12 @@ def evaluate(protocol: Protocol, config: EvaluationConfig) -> tuple[Result, Path
         check_single_process(f"`evaluate.py {protocol.name}`")
     # Once: while a run goes on, its latest checkpoint is soon another one.
     path = find_checkpoint(Path(config.checkpoint), config.which) if config.checkpoint else None
+    if config.output_dir is not None and Path(config.output_dir).exists() and not Path(config.output_dir).is_dir():
+        raise ValueError(f"`output_dir` must be a folder, got the file {config.output_dir}; name another one")
+    # Before, not after: by then training may have removed the file.
+    identity = identify(path) if ranks.rank == 0 else None
     result = protocol.run(config if path is None else replace(config, checkpoint=str(path), which="latest"))
-    return result, write_result(result, config, path) if ranks.rank == 0 else None
+    return result, None if identity is None else write_result(result, config, identity)
 
 
 def check_single_process(what: str) -> None:

@@ -4,8 +4,8 @@ A figure that was measured with several seeds is kept for each of them, with mea
 interval of the mean; of a single one, the interval is that of a share on a test set of this size.
 
 A file is never replaced by the result of another evaluation: its name tells protocol, representation, weights, head,
-checkpoint and the protocol's own suffix apart, and where a file of that name is of other data, or in a folder of
-results of another run, a digest of both is added.
+checkpoint and the protocol's own suffix apart, and where a file of that name is of other data or with other options, or
+in a folder of results of another run, a digest of these is added.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import hashlib
 import json
 import re
 import secrets
+import shutil
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -33,6 +34,13 @@ if TYPE_CHECKING:
 FORMAT = "twinview-evaluation"
 VERSION = 1
 ALL_LABELS = "all"
+NO_OPTIONS = frozenset(
+    {"format", "format_version", "protocol", "suffix", "checkpoint", "checkpoint_step", "checkpoint_sha256", "data"}
+    | {"accuracy", "figures", "chosen", "chosen_by", "tried", "details", "versions"}
+    | {"train_data", "test_data", "which", "weights", "representation", "head_layers"}
+    | {"batch_size", "device", "cache", "output_dir"}
+)
+"""Keys of a record that say what was evaluated, where, and what was found."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,15 +65,18 @@ class Result:
     """Tells the file's name apart from those of the same protocol with other settings, for instance `10%`."""
     folder: Path | None = None
     """Where the file is put, unless `output_dir` says; None: `evaluation/` in the run directory."""
+    leftovers: Sequence[Path] = ()
+    """Folders from which the evaluation would go on if it were cut off: removed when the result is written."""
 
 
-def write_result(result: Result, config: EvaluationConfig, checkpoint: Path | None = None) -> Path:
+def write_result(result: Result, config: EvaluationConfig, identity: Mapping[str, Any] | None = None) -> Path:
     """Write a result as JSON, whole or not at all. On one rank.
 
     Args:
         result: what was found.
         config: what was asked for.
-        checkpoint: the file that was evaluated; None: the one that `config` names now.
+        identity: of the checkpoint, from `identify` when the evaluation began: training may have removed the file
+            since; None: of the one that `config` names now.
 
     Returns:
         The file.
@@ -74,10 +85,10 @@ def write_result(result: Result, config: EvaluationConfig, checkpoint: Path | No
         ValueError: there is no such checkpoint, or a set is not as it was.
         OSError: it could not be written.
     """
-    if checkpoint is None and config.checkpoint:
-        checkpoint = find_checkpoint(Path(config.checkpoint), config.which)
-    record = record_of(result, config, checkpoint)
-    path = _free_path(_folder(result, config, checkpoint), _stem(result, config), record)
+    if identity is None:
+        identity = identify(find_checkpoint(Path(config.checkpoint), config.which) if config.checkpoint else None)
+    record = record_of(result, config, identity)
+    path = _free_path(_folder(result, config, identity["checkpoint"]), _stem(result, config), record)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
     try:
@@ -85,10 +96,12 @@ def write_result(result: Result, config: EvaluationConfig, checkpoint: Path | No
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+    for leftover in result.leftovers:
+        shutil.rmtree(leftover, ignore_errors=True)
     return path
 
 
-def record_of(result: Result, config: EvaluationConfig, checkpoint: Path | None) -> dict[str, Any]:
+def record_of(result: Result, config: EvaluationConfig, identity: Mapping[str, Any]) -> dict[str, Any]:
     """The content of the file."""
     figures = record_of_figures(result)
     return {
@@ -97,7 +110,7 @@ def record_of(result: Result, config: EvaluationConfig, checkpoint: Path | None)
         "protocol": result.protocol,
         "suffix": result.suffix,
         **asdict(config),
-        **_identity(checkpoint),
+        **identity,
         "data": {"train": identity_of(config.train_data, "train"), "test": identity_of(config.test_data, "test")},
         "accuracy": {labels: {key: f["top1"][key] for key in ("mean", "std")} for labels, f in figures.items()},
         "figures": figures,
@@ -117,17 +130,37 @@ def record_of_figures(result: Result) -> dict[str, dict[str, Any]]:
     }
 
 
+def options_of(record: Mapping[str, Any]) -> dict[str, Any]:
+    """What the protocol was told beside what it evaluates: settings that can move a figure."""
+    return {key: value for key, value in record.items() if key not in NO_OPTIONS}
+
+
 def labels_in_words(labels: str) -> str:
     """A key of `Result.figures`, for people."""
     if labels == ALL_LABELS:
         return "all labels"
-    return f"{labels} of the labels" if labels.endswith("%") else f"{labels:>3} label{'s' * (labels != '1')} a class"
+    if labels.endswith("%"):
+        return f"{labels} of the labels"
+    return f"{labels:>3} label{'s' * (labels != '1')} a class" if labels.isdigit() else f"labels of {labels}"
 
 
 def sha256_of(path: Path) -> str:
     """The digest of a file, as `sha256sum` prints it."""
     with path.open("rb") as file:
         return file_sha256(file)
+
+
+def identify(checkpoint: Path | None) -> dict[str, Any]:
+    """Which checkpoint is evaluated, as the record has it.
+
+    Raises:
+        ValueError: it is missing or damaged.
+        OSError: it cannot be read.
+    """
+    if checkpoint is None:
+        return {"checkpoint": None, "checkpoint_step": None, "checkpoint_sha256": None}
+    step = read_sections(checkpoint)["position"].get("step")
+    return {"checkpoint": str(checkpoint), "checkpoint_step": step, "checkpoint_sha256": sha256_of(checkpoint)}
 
 
 def _over_seeds(measured: Sequence[ClassificationMetrics], seeds: Sequence[int]) -> dict[str, Any]:
@@ -156,21 +189,14 @@ def _mean(values: Sequence[float | None]) -> float | None:
     return statistics.fmean(known) if known else None
 
 
-def _identity(checkpoint: Path | None) -> dict[str, Any]:
-    if checkpoint is None:
-        return {"checkpoint": None, "checkpoint_step": None, "checkpoint_sha256": None}
-    step = read_sections(checkpoint)["position"].get("step")
-    return {"checkpoint": str(checkpoint), "checkpoint_step": step, "checkpoint_sha256": sha256_of(checkpoint)}
-
-
-def _folder(result: Result, config: EvaluationConfig, checkpoint: Path | None) -> Path:
+def _folder(result: Result, config: EvaluationConfig, checkpoint: str | None) -> Path:
     if config.output_dir is not None:
         return Path(config.output_dir)
     if result.folder is not None:
         return result.folder
     if checkpoint is None:
         raise ValueError("`output_dir` must say where the result of no checkpoint is written, got null; name a folder")
-    return results_dir(checkpoint) / "evaluation"
+    return results_dir(Path(checkpoint)) / "evaluation"
 
 
 def _stem(result: Result, config: EvaluationConfig) -> str:
@@ -208,4 +234,5 @@ def _free_path(folder: Path, stem: str, record: dict[str, Any]) -> Path:
 def _subject(record: Mapping[str, Any]) -> list[Any]:
     """What two results must share for the later to replace the earlier."""
     checkpoint = record.get("checkpoint")
-    return [json.dumps(record.get("data"), sort_keys=True), checkpoint and str(results_dir(Path(checkpoint)))]
+    told = json.dumps([record.get("data"), options_of(record)], sort_keys=True)
+    return [told, checkpoint and str(results_dir(Path(checkpoint)))]

@@ -18,6 +18,7 @@ from train.evaluation.labelled_run import AugmentRecipe, Source, Training, open_
 from train.evaluation.protocol import Representation, Result
 from train.evaluation.seeded_runs import SeededConfig, suffix_of, train_seeds
 from train.optim.lars import LARSConfig
+from train.schedule import ScheduleConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +36,7 @@ class SupervisedConfig(SeededConfig):
     weight_decay: float | None = None
     """Null: the optimizer's."""
     epochs: int | None = None
-    """Null: the run's."""
+    """Null: the run's; else its warm-up is shortened or lengthened with it."""
     global_batch_size: int | None = None
     """Null: the run's."""
 
@@ -83,15 +84,29 @@ def training_of(config: SupervisedConfig, source: Source) -> Training:
         name="sgd", base_lr=0.1, lr_scaling="linear", momentum=0.9, nesterov=True, weight_decay=1e-4, form="non_classic"
     )
     optim = published if config.optimizer == "sgd" else theirs.optim
+    epochs = config.epochs or theirs.train.epochs
     return Training(
         optim=dataclasses.replace(
             optim,
             base_lr=optim.base_lr if config.base_lr is None else config.base_lr,
             weight_decay=optim.weight_decay if config.weight_decay is None else config.weight_decay,
         ),
-        schedule=theirs.schedule,
-        epochs=config.epochs or theirs.train.epochs,
+        schedule=stretched(theirs.schedule, epochs / theirs.train.epochs),
+        epochs=epochs,
         global_batch_size=config.global_batch_size or theirs.data.global_batch_size,
         micro_batch_size=theirs.train.micro_batch_size,
         augment=config.augment,
+    )
+
+
+def stretched(schedule: ScheduleConfig, factor: float) -> ScheduleConfig:
+    """The same schedule of a training that is so many times as long."""
+    if factor == 1:
+        return schedule
+    epochs, steps, sizes = schedule.warmup_epochs, schedule.warmup_steps, schedule.sizes
+    return dataclasses.replace(
+        schedule,
+        warmup_epochs=None if epochs is None else epochs * factor,
+        warmup_steps=None if steps is None else int(steps * factor),
+        sizes=None if sizes is None else tuple({int(first * factor): side for first, side in sizes}.items()),
     )

@@ -21,7 +21,8 @@ class OnlineConfig:
     knn_every_epochs: int = 0
     """Measure the accuracy of nearest neighbours at the end of every so many epochs; 0: never. Needs `test_data`."""
     train_data: str | None = None
-    """The labelled `.beton` that neighbours are taken from; null: `data.path`."""
+    """The labelled `.beton` that neighbours are taken from; null: `data.path`, of which `data.labelled` may show some
+    labels alone."""
     test_data: str | None = None
     """The labelled `.beton` that is classified by its neighbours."""
     knn_train_samples: int = 20_000

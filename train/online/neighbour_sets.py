@@ -16,8 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipelines.beton import Beton, open_beton
-from pipelines.build import DataConfig
+from pipelines.build import DataConfig, open_data, whole_of
 from pipelines.rng import bits, key_of
+from pipelines.subset import SubsetConfig
 from train.evaluation.checks import check_same_classes
 from train.online.config import OnlineConfig
 
@@ -64,7 +65,12 @@ def open_neighbour_sets(config: OnlineConfig, data: DataConfig) -> NeighbourSets
         )
     train_path = config.train_data or data.path
     check_same_classes(train_path, config.test_data)
-    train = open_labelled(train_path, "train_data", config.knn_train_samples)
+    shown = None  # rows of the set that is trained on, where it hides labels of others
+    if config.train_data is None and not data.labelled.is_whole:
+        opened = whole_of(open_data(dataclasses.replace(data, subset=SubsetConfig())))
+        assert opened.labels is not None
+        shown = np.flatnonzero(opened.labels >= 0)
+    train = open_labelled(train_path, "train_data", config.knn_train_samples, shown)
     test = open_labelled(config.test_data, "test_data", config.knn_test_samples)
     if len(train.labels) < config.knn_neighbours:
         raise ValueError(
@@ -74,8 +80,8 @@ def open_neighbour_sets(config: OnlineConfig, data: DataConfig) -> NeighbourSets
     return NeighbourSets(train=train, test=test)
 
 
-def open_labelled(path: str | Path, field: str, limit: int) -> LabelledSet:
-    """At most `limit` samples of a file, balanced by class; 0: all.
+def open_labelled(path: str | Path, field: str, limit: int, shown: NDArray[np.int64] | None = None) -> LabelledSet:
+    """At most `limit` samples of a file, balanced by class; 0: all. With `shown`, int64 rows, of those alone.
 
     Raises:
         ValueError: the file is missing, damaged, or a sample has no label.
@@ -86,7 +92,9 @@ def open_labelled(path: str | Path, field: str, limit: int) -> LabelledSet:
             f"`online.{field}` must have a label for every image, {path} has {'none' if beton.labels is None else '−1'}"
             "; convert a folder with one folder for each class"
         )
-    return take_rows(LabelledSet(beton=beton, labels=beton.labels), balanced_rows(beton.labels, limit))
+    labelled = LabelledSet(beton=beton, labels=beton.labels)
+    labelled = labelled if shown is None else take_rows(labelled, shown)
+    return take_rows(labelled, balanced_rows(labelled.labels, limit))
 
 
 def take_rows(labelled: LabelledSet, rows: NDArray[np.int64]) -> LabelledSet:
