@@ -118,6 +118,7 @@ def test_help_lists_the_protocols_and_each_one_its_options(capsys):
         (["--head_layers=4"], "`head_layers` must be from 0 to 3, the layers of the projection head that"),
         (["--head_layer=1"], "there is no option `head_layer`; did you mean `head_layers`?"),
         (["--config=nowhere.yaml"], "nowhere.yaml"),
+        (["--train_data="], "`train_data` must name a .beton or a folder with one folder for each class, got nothing"),
     ],
 )
 def test_bad_input_gets_one_line_and_code_2(root, capsys, monkeypatch, options, message):
@@ -147,6 +148,13 @@ def test_a_protocol_that_there_is_not_gets_one_line_too(capsys, given, message):
     err = capsys.readouterr().err
     assert len(err.splitlines()) == 1
     assert message in err
+
+
+def test_measuring_on_what_was_learned_from_is_warned_of(root, tmp_path, caplog):
+    same = f"--test_data={root}/train/set.beton"
+    assert evaluate("knn", *words(root, "--k=[1]", same, f"--output_dir={tmp_path}")) == 0
+    assert "`test_data` is `train_data`" in caplog.text
+    assert json.loads((tmp_path / "knn-learned.json").read_text())["accuracy"]["all"]["mean"] == 1.0
 
 
 def test_sets_of_other_classes_are_refused_by_the_first_that_differs(root, tmp_path, capsys):

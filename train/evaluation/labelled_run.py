@@ -233,7 +233,7 @@ def _train(theirs: TrainConfig, training: Training, config: EvaluationConfig, so
         epochs=training.epochs,
         micro_batch_size=training.micro_batch_size,
         keep_checkpoints=1,
-        device=theirs.device if config.device == "auto" else config.device,
+        device=config.device,
         initial_encoder=str(source.path) if source.starts_from_it else None,
         initial_encoder_sha256=source.digest if source.starts_from_it else None,
     )

@@ -6,6 +6,7 @@ A protocol's module is imported when the protocol is asked for: some stand on pa
 from __future__ import annotations
 
 import importlib
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,6 +15,8 @@ from typing import Literal
 from train.evaluation.results import Result, identify, write_result
 from train.initial_encoder import Weights, Which, find_checkpoint
 from train.runtime import read_ranks
+
+logger = logging.getLogger(__name__)
 
 __all__ = ["PROTOCOLS", "EvaluationConfig", "Protocol", "Representation", "Result", "evaluate", "write_result"]
 
@@ -171,6 +174,7 @@ def evaluate(protocol: Protocol, config: EvaluationConfig) -> tuple[Result, Path
     ranks = read_ranks()
     if not protocol.supports_ranks:
         check_single_process(f"`evaluate.py {protocol.name}`")
+    _check_sets(config)
     # Once: while a run goes on, its latest checkpoint is soon another one.
     path = find_checkpoint(Path(config.checkpoint), config.which) if config.checkpoint else None
     if config.output_dir is not None and Path(config.output_dir).exists() and not Path(config.output_dir).is_dir():
@@ -179,6 +183,14 @@ def evaluate(protocol: Protocol, config: EvaluationConfig) -> tuple[Result, Path
     identity = identify(path) if ranks.rank == 0 else None
     result = protocol.run(config if path is None else replace(config, checkpoint=str(path), which="latest"))
     return result, None if identity is None else write_result(result, config, identity)
+
+
+def _check_sets(config: EvaluationConfig) -> None:
+    for name in ("train_data", "test_data"):
+        if not getattr(config, name):
+            raise ValueError(f"`{name}` must name a .beton or a folder with one folder for each class, got nothing")
+    if Path(config.train_data).absolute() == Path(config.test_data).absolute():
+        logger.warning("`test_data` is `train_data`: the figures are of images that were learned from, not of new ones")
 
 
 def check_single_process(what: str) -> None:

@@ -60,7 +60,8 @@ class TransferConfig(EvaluationConfig):
     micro_batch_size: int | None = None
     """`finetune`: images that a rank takes at a time, as `train.micro_batch_size`."""
     validation_fraction: float = 0.1
-    """Share of each class of the training set that settings are chosen on."""
+    """Share of each class of the training set that settings are chosen on, halves rounded down: of 0.1, classes of 5
+    images or fewer give none."""
     select_by: Literal["top1", "mean_per_class"] = "top1"
     """What settings are compared by, on the validation split."""
 
