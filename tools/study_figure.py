@@ -24,24 +24,15 @@ def draw(result: Mapping[str, Any], path: Path) -> None:
         result: from `tools.study_results.collect`.
         path: of the file.
     """
-    figure = Figure(figsize=(12, 5.2), dpi=130, layout="constrained")
+    sides = [True, False] if result["published"]["figures"] else [True]
+    figure = Figure(figsize=(6 * len(sides), 5.2), dpi=130, layout="constrained")
     FigureCanvasAgg(figure)
-    ours, theirs = figure.subplots(1, 2)
-    figure.suptitle(f"{result['title']} — after {result['source']}")
-    if result["symmetric"]:
-        _heat(ours, result, measured=True)
-        _heat(theirs, result, measured=False)
-    elif len(result["columns"]["values"]) == 1:
-        _bars(ours, result, measured=True)
-        _bars(theirs, result, measured=False)
-    else:
-        _lines(ours, result, measured=True)
-        _lines(theirs, result, measured=False)
-    ours.set_title(f"measured here ({result['protocol']}), %")
-    theirs.set_title("published (ImageNet, ResNet-50), %")
-    if not result["published"]["figures"]:
-        theirs.set_axis_off()
-        theirs.text(0.5, 0.5, "printed in the paper as a plot alone", ha="center", va="center")
+    figure.suptitle(f"{result['title']} — after {result['source']}", fontsize="medium" if len(sides) == 1 else None)
+    is_list = len(result["columns"]["values"]) == 1
+    plot = _heat if result["symmetric"] else _bars if is_list else _lines
+    for axes, measured in zip(figure.subplots(1, len(sides), squeeze=False)[0], sides, strict=True):
+        plot(axes, result, measured=measured)
+        axes.set_title(f"measured here ({result['protocol']}), %" if measured else "published (ImageNet, ResNet-50), %")
     temporary = path.with_name(f"{path.name}.partial")
     figure.savefig(temporary, format="png")
     temporary.replace(path)
