@@ -112,7 +112,9 @@ def _random(result: Mapping[str, Any]) -> str:
     if not result["random"]:
         return ""
     figures = ", ".join(f"{FIGURE_NAMES[name]} {100 * value:.1f}" for name, value in result["random"].items())
-    return f"The network of {result['random_cell']} with random weights: {figures}. Guessing: {result['guess']}."
+    differ = any(key.startswith("model.encoder") for cell in result["cells"] for key in cell["overrides"])
+    whose = f"The network of {result['random_cell']}" if differ else "The same network"
+    return f"{whose} with random weights: {figures}. Guessing: {result['guess']}."
 
 
 def _order(result: Mapping[str, Any]) -> str:

@@ -99,7 +99,7 @@ def test_the_composition_matrix_is_the_papers_figure(tmp_path, base):
     assert float(measured[2][8]) == pytest.approx(100 * statistics.fmean(crop), abs=0.051)
     assert [row[1] for row in measured[2:]] == [measured[2][k] for k in range(1, 8)]  # its own mirror image
     assert paper[4] == ["color", "55.8", "35.5", "18.8", "21.0", "11.4", "16.5", "20.8", "25.7"]
-    assert "The network of crop--crop with random weights: top-1 20.0. Guessing: 10.0" in markdown
+    assert "The same network with random weights: top-1 20.0. Guessing: 10.0" in markdown
 
 
 def test_an_order_that_is_the_papers_reversed(tmp_path, base):
