@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import secrets
+import threading
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -30,6 +31,7 @@ from train.plain_yaml import load_plain_yaml
 from train.schedule import ScheduleConfig, check_sizes
 
 CONFIG_FILE = "config.yaml"
+_ONE_AT_A_TIME = threading.Lock()  # jsonargparse misses options where threads build parsers at once
 
 ADJUSTABLE = frozenset(
     {
@@ -276,9 +278,10 @@ def config_from_dict(resolved: dict[str, Any]) -> PretrainConfig:
     Raises:
         ValueError: an unknown key or value, as from another version.
     """
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(PretrainConfig)
-    return _build(parser, parse(parser, resolved))
+    with _ONE_AT_A_TIME:
+        parser = ArgumentParser(exit_on_error=False)
+        parser.add_class_arguments(PretrainConfig)
+        return _build(parser, parse(parser, resolved))
 
 
 def _build(parser: ArgumentParser, parsed: Namespace) -> PretrainConfig:

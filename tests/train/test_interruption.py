@@ -15,15 +15,6 @@ from train.runtime import Ranks
 ALONE = Ranks(rank=0, world_size=1, local_rank=0, local_world_size=1)
 
 
-@pytest.fixture(autouse=True)
-def our_own_handlers():
-    """What the test runner does at a signal comes back, whatever a test does."""
-    before = {number: signal.getsignal(number) for number in SIGNALS}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
-
-
 def send(number):
     os.kill(os.getpid(), number)
 

@@ -51,19 +51,21 @@ def test_some_are_decayed_and_not_adapted():
 def test_without_adaptation_it_is_torchs_momentum_sgd():
     generator = torch.Generator().manual_seed(3)
     ours, theirs = (nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2)) for _ in range(2))
+    for value in ours.state_dict().values():
+        nn.init.normal_(value, std=0.3, generator=generator)
     theirs.load_state_dict(ours.state_dict())
     groups = param_groups(ours, 1e-2, not_adapted=("",))
-    optimizer = LARS(groups, lr=0.1, momentum=0.9, nesterov=True, backend="reference")
+    optimizer = LARS(groups, lr=0.01, momentum=0.9, nesterov=True, backend="reference")
     weights = [parameter for parameter in theirs.parameters() if parameter.ndim > 1]
     biases = [parameter for parameter in theirs.parameters() if parameter.ndim == 1]
     sgd = torch.optim.SGD(
-        [{"params": weights, "weight_decay": 1e-2}, {"params": biases}], lr=0.1, momentum=0.9, nesterov=True
+        [{"params": weights, "weight_decay": 1e-2}, {"params": biases}], lr=0.01, momentum=0.9, nesterov=True
     )
     for _ in range(5):
         x = torch.randn(8, 4, generator=generator)
         for model, stepper in ((ours, optimizer), (theirs, sgd)):
             stepper.zero_grad()
-            model(x).square().sum().backward()
+            model(x).square().mean().backward()
             stepper.step()
     for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
