@@ -143,6 +143,7 @@ def test_the_time_limit_stops_a_job_in_time(cluster, data, runs_dir):
     """What sbatch promises: the signal some time before the limit; it may come up to a minute early."""
     limit = ("--time=3", "--signal=TERM@30")
     job = submit(cluster, runs_dir, data, "--train.epochs=10000", "--train.checkpoint_every=50", sbatch=limit)
+    wait_for_state(cluster, job, "RUNNING", runs_dir)  # before, it is pending, too
     wait_for_state(cluster, job, "PENDING", runs_dir)
     stopped_at = last_state(runs_dir / "run").position["step"]
     assert f"stopped by SIGTERM after step {stopped_at}, with a checkpoint" in log_of(runs_dir).read_text()
