@@ -123,11 +123,13 @@ def read_names(path: str | Path) -> list[str]:
     """The names that a list holds, one a line; blank lines, and spaces around a name, do not count.
 
     Raises:
-        ValueError: it is no text, or holds no name.
+        ValueError: it is not there, is no text, or holds no name.
         OSError: it cannot be read.
     """
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
+    except FileNotFoundError as error:
+        raise ValueError(f"`list` of a subset must be a text file, there is no {path}") from error
     except UnicodeDecodeError as error:
         raise ValueError(f"`list` of a subset must be a text file with one file name a line, got {path}") from error
     names = [line.strip() for line in text.splitlines()]

@@ -30,8 +30,8 @@ class EmbeddingConfig(SourceConfig):
 
     method: Literal["tsne", "pca"] = "tsne"
     """t-SNE, or the first two principal components."""
-    num_images: int = 2000
-    """About so many are shown, as many of each class."""
+    num_images: int | None = None
+    """About so many are shown, as many of each class; null: 2000, or as many as the smallest class allows."""
     classes: tuple[str, ...] = ()
     """Names of those that are shown; by default all, or 20 at equal distances where there are more."""
     perplexity: float = 30.0

@@ -29,6 +29,7 @@ from train.evaluation.representation import Network
 from train.initial_encoder import Weights, Which, results_dir
 
 H, Z = 0, -1  # layers of the projection head
+MOST_SHOWN = 2000  # images, unless more are asked for
 MAX_CLASSES = 20  # with a colour and a mark of their own; their names still fit into a legend
 
 
@@ -206,15 +207,18 @@ def shown_classes(labels: NDArray[np.int64], wanted: tuple[str, ...], names: lis
     return [present[i * len(present) // MAX_CLASSES] for i in range(MAX_CLASSES)]
 
 
-def balanced_rows(labels: NDArray[np.int64], classes: list[int], num_images: int, seed: int) -> NDArray[np.int64]:
-    """About `num_images` rows, as many of each class, rising.
+def balanced_rows(
+    labels: NDArray[np.int64], classes: list[int], num_images: int | None, seed: int
+) -> NDArray[np.int64]:
+    """About `num_images` rows (None: 2000, or as many as there are), as many of each class, rising.
 
     Raises:
         ValueError: a class has fewer, or there are more classes than images.
     """
     among = np.flatnonzero(np.isin(labels, classes))
     counts = {label: int((labels == label).sum()) for label in classes}
-    per_class, smallest = num_images // len(classes), min(counts.values())
+    smallest = min(counts.values())
+    per_class = min(MOST_SHOWN // len(classes), smallest) if num_images is None else num_images // len(classes)
     if not 1 <= per_class <= smallest:
         raise ValueError(
             f"`num_images` must be from {len(classes)} to {smallest * len(classes)}, as many of each of {len(classes)} "

@@ -190,7 +190,7 @@ def test_a_list_is_read_whatever_its_line_ends(tmp_path):
     path.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ValueError, match="must be a text file with one file name a line"):
         read_names(path)
-    with pytest.raises(OSError, match="absent"):
+    with pytest.raises(ValueError, match=r"`list` of a subset must be a text file, there is no .*absent.txt"):
         read_names(tmp_path / "absent.txt")
 
 

@@ -66,7 +66,7 @@ def draw(folder, name, *words, out=None):
 @pytest.mark.parametrize(
     ("words", "name"),
     [
-        (("embedding", "--num_images", 18, "--perplexity", 4), "embedding-tsne"),
+        (("embedding", "--perplexity", 4), "embedding-tsne"),
         (("neighbours", "--num_queries", 3, "--k", 2), "neighbours-h"),
         (("confusion",), "confusion-knn"),
         (("spectrum",), "spectrum"),
