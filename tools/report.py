@@ -51,6 +51,7 @@ h2 { margin-top: 2.5rem; border-bottom: 1px solid var(--line); }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 td, th { padding: .3rem .8rem; border-bottom: 1px solid var(--line); text-align: right; }
 td:first-child, th:first-child { text-align: left; }
+td:not(:first-child) { white-space: nowrap; }
 .scroll { overflow-x: auto; }
 .curves { display: grid; grid-template-columns: repeat(auto-fit, minmax(18rem, 1fr)); gap: 1rem; }
 figure { margin: 0; } figure img { width: 100%; background: #fff; border-radius: 4px; }
