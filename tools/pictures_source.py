@@ -8,7 +8,6 @@ Legend: n images, D width of h, E width of z, C classes.
 
 from __future__ import annotations
 
-import io
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,9 +18,10 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from pipelines.beton import MODE_RAW, Beton
+from pipelines.beton import Beton
 from pipelines.folder_dataset import list_images
 from pipelines.subset import balanced_subset
+from tools.preview import stored_pixels
 from train.checkpoint import Checkpoint, load_checkpoint
 from train.evaluation.features import Features, FeatureSource
 from train.evaluation.protocol import EvaluationConfig
@@ -123,7 +123,7 @@ class Source:
         """What the encoder sees of an image, before it is resized: its largest central square."""
         data = self._features.test.data
         if isinstance(data, Beton):
-            picture = stored_image(data, row)
+            picture = Image.fromarray(stored_pixels(data, row))
         else:
             with Image.open(self._files[row]) as opened:
                 picture = opened.convert("RGB")
@@ -175,13 +175,6 @@ def check_head(network: Network) -> None:
             f"{network.source} must hold the whole projection head, which makes z of h, got {len(network.head)} of its "
             f"{network.num_head_layers} layers; take the checkpoint of a pretraining"
         )
-
-
-def stored_image(beton: Beton, row: int) -> Image.Image:
-    """An image of a `.beton` as it is stored, RGB."""
-    if beton.modes[row] == MODE_RAW:
-        return Image.fromarray(beton.encoded(row).reshape(int(beton.heights[row]), int(beton.widths[row]), 3))
-    return Image.open(io.BytesIO(beton.encoded(row).tobytes())).convert("RGB")
 
 
 def shown_classes(labels: NDArray[np.int64], wanted: tuple[str, ...], names: list[str]) -> list[int]:

@@ -167,7 +167,7 @@ def _of_beton(config: PreviewConfig, beton: Beton, recipe: Recipe) -> list[Shown
         views = _views(loader, rows, config)
     finally:
         loader.close()
-    originals = [_stored(beton, row) for row in rows]
+    originals = [stored_pixels(beton, row) for row in rows]
     return _shown(config, recipe, rows, _names(beton, rows), originals, views)
 
 
@@ -236,7 +236,8 @@ def _names(beton: Beton, rows: range) -> list[str]:
     return [manifest.files[row] for row in rows]
 
 
-def _stored(beton: Beton, row: int) -> NDArray[np.uint8]:
+def stored_pixels(beton: Beton, row: int) -> NDArray[np.uint8]:
+    """An image of a `.beton` as it is stored, uint8 [H, W, 3]."""
     if beton.modes[row] == MODE_RAW:
         return beton.encoded(row).reshape(int(beton.heights[row]), int(beton.widths[row]), 3)
     return np.asarray(Image.open(io.BytesIO(beton.encoded(row).tobytes())).convert("RGB"))

@@ -28,11 +28,10 @@ from train.checkpoint import read_sections
 from train.config import PretrainConfig, config_from_dict
 from train.evaluation.checks import check_classes
 from train.evaluation.labelled_data import LabelledData, open_labelled
-from train.evaluation.labelled_run import Source, Training, check_fills_a_batch, run_config, train_all
-from train.evaluation.network_accuracy import network_accuracy
+from train.evaluation.labelled_run import Source, Training, check_fills_a_batch, run_config
 from train.evaluation.protocol import EvaluationConfig, Result
 from train.evaluation.results import ALL_LABELS, sha256_of
-from train.evaluation.seeded_runs import amount_of
+from train.evaluation.seeded_runs import amount_of, train_and_measure
 from train.initial_encoder import find_checkpoint, results_dir
 from train.labels import labels_of
 from train.optim.lars import LARSConfig, peak_lr
@@ -134,17 +133,7 @@ def run_distillation(config: DistillationConfig) -> Result:
         _run(source, training, config, distill, taught_by, name=f"distill-{suffix}-seed{seed}", seed=seed)
         for seed in seeds
     ]
-    train_all(runs)
-    measured = [
-        network_accuracy(
-            run.run_dir,
-            source.test,
-            num_classes=source.num_classes,
-            classes=source.classes,
-            batch_size=config.batch_size,
-        )
-        for run in runs
-    ]
+    measured = train_and_measure(runs, source, batch_size=config.batch_size)
     details: dict[str, Any] = {
         **taught_by,
         "teacher_encoder": asdict(theirs.model.encoder),

@@ -10,6 +10,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from pipelines.subset import SubsetConfig
+from train.config import PretrainConfig
+from train.evaluation.classification import ClassificationMetrics
 from train.evaluation.labelled_run import (
     Source,
     Training,
@@ -73,17 +75,7 @@ def train_seeds(source: Source, training: Training, config: SeededConfig, *, pro
         drawn = [] if subset.is_whole or subset.seed == seed else [f"subset{subset.seed}"]
         name = "-".join([protocol, config.representation, *head, suffix, *drawn, f"seed{seed}"]).replace("%", "pct")
         runs.append(run_config(source, training, config, name=name, subset=subset, seed=seed))
-    train_all(runs)
-    measured = [
-        network_accuracy(
-            run.run_dir,
-            source.test,
-            num_classes=source.num_classes,
-            classes=source.classes,
-            batch_size=config.batch_size,
-        )
-        for run in runs
-    ]
+    measured = train_and_measure(runs, source, batch_size=config.batch_size)
     amount = amount_of(config.labels)
     return Result(
         protocol=protocol,
@@ -101,6 +93,28 @@ def train_seeds(source: Source, training: Training, config: SeededConfig, *, pro
         suffix=suffix,
         folder=source.folder,
     )
+
+
+def train_and_measure(
+    runs: Sequence[PretrainConfig], source: Source, *, batch_size: int
+) -> list[ClassificationMetrics]:
+    """Train each run from where it stands, then measure all of them on the test set. All ranks must call.
+
+    Raises:
+        ValueError: a run's configuration, data or directory cannot be used.
+        RunStopped: a run did not come to its end.
+    """
+    train_all(runs)
+    return [
+        network_accuracy(
+            run.run_dir,
+            source.test,
+            num_classes=source.num_classes,
+            classes=source.classes,
+            batch_size=batch_size,
+        )
+        for run in runs
+    ]
 
 
 def subset_of_seed(labels: SubsetConfig, i: int) -> SubsetConfig:
