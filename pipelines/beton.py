@@ -4,46 +4,44 @@ Nothing that the file says is believed before it is compared with the file's len
 or half-written file ends in one `BetonError` that names it, never in a crash or an allocation of untrusted
 size. What the tables cannot show (a flipped bit inside a JPEG) is for `tools.verify` to find.
 
+A set in shards is one `Beton` as well: the files are mapped behind one another, and its tables are theirs in a row.
+
 Shapes: n samples.
 """
 
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pipelines.beton_layout import (
-    ALLOCATION_DTYPE,
-    FIELD_DTYPE,
-    FIELD_METADATA,
-    FORMAT_VERSION,
-    HEADER_DTYPE,
-    IMAGE_FIELD,
-    INT_FIELD,
-    MODE_JPEG,
-    MODE_RAW,
-    metadata_dtype,
-    most_pixels,
-)
+from pipelines.beton_layout import HEADER_DTYPE, MODE_JPEG, MODE_RAW
+from pipelines.beton_tables import BetonError, read_tables
+from pipelines.joined_map import map_joined
+from pipelines.shard_index import Shard, ShardIndexError, is_shard_index, load_shard_index
 
-__all__ = ["MODE_JPEG", "MODE_RAW", "Beton", "BetonError", "open_beton"]
-
-ScalarT = TypeVar("ScalarT", bound=np.generic)
+__all__ = ["MODE_JPEG", "MODE_RAW", "Beton", "BetonError", "Stamp", "open_beton"]
 
 
-class BetonError(ValueError):
-    """A file that is not a whole `.beton`: one line with its path, what was expected and what was found."""
+class Stamp(NamedTuple):
+    """A file as it was opened."""
+
+    path: Path
+    device: int
+    inode: int
+    num_bytes: int
+    written_ns: int
+    """When it was last written to."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Beton:
-    """An open `.beton`. Its arrays are read-only."""
+    """An open `.beton`, or a set in shards. Its arrays are read-only."""
 
     path: Path
+    """Of the file, or of the shards' index."""
     num_samples: int
     page_size: int
     modes: NDArray[np.uint8]
@@ -53,15 +51,15 @@ class Beton:
     heights: NDArray[np.int32]
     """int32 [n], pixels."""
     offsets: NDArray[np.int64]
-    """int64 [n]: where in the file the sample's bytes begin."""
+    """int64 [n]: where in `data` the sample's bytes begin."""
     sizes: NDArray[np.int64]
     """int64 [n]: how many bytes they are."""
     labels: NDArray[np.int64] | None
     """int64 [n], or None where the file has no integer field."""
     data: NDArray[np.uint8]
-    """uint8: the whole file, memory-mapped."""
-    stamp: tuple[int, int, int, int]
-    """Device and number of the file, its bytes, and when it was last written to, ns: as it was opened."""
+    """uint8: the whole file, memory-mapped; or all shards, each from a page's begin on."""
+    stamps: tuple[Stamp, ...]
+    """The file, or each shard."""
 
     def encoded(self, i: int) -> NDArray[np.uint8]:
         """The stored bytes of sample `i`, as a view of the map: a JPEG file, or rows of RGB."""
@@ -78,16 +76,18 @@ class Beton:
         Raises:
             BetonError: it was.
         """
-        try:
-            found = _stamp(self.path.stat())
-        except OSError:
-            return
-        if found[:2] == self.stamp[:2] and found != self.stamp:
-            how = f"it had {self.stamp[2]} bytes and has {found[2]}" if found[2] != self.stamp[2] else "in its place"
-            raise BetonError(
-                f"{self.path}: changed while it was being read ({how}); start again with a whole file, and put a new "
-                "one in the place of one in use by renaming it"
-            )
+        for stamp in self.stamps:
+            try:
+                found = _stamp(stamp.path, stamp.path.stat())
+            except OSError:
+                continue
+            if found[:3] == stamp[:3] and found != stamp:
+                bytes_differ = found.num_bytes != stamp.num_bytes
+                how = f"it had {stamp.num_bytes} bytes and has {found.num_bytes}" if bytes_differ else "in its place"
+                raise BetonError(
+                    f"{stamp.path}: changed while it was being read ({how}); start again with a whole file, and put a "
+                    "new one in the place of one in use by renaming it"
+                )
 
 
 def open_beton(path: str | Path) -> Beton:
@@ -100,161 +100,86 @@ def open_beton(path: str | Path) -> Beton:
         BetonError: the file is missing, empty, foreign, torn, or states what cannot be true of it.
     """
     path = Path(path)
+    if is_shard_index(path):
+        return _open_shards(path)
     if not path.exists():
         raise BetonError(f"{path}: no such file; make one with `python -m tools.convert`")
     try:
-        return _read(path, *_map(path))
+        with _opened(path) as file:
+            stamp = _stamp(path, os.fstat(file.fileno()))
+            data = _map(file, stamp.num_bytes)
+            return Beton(path=path, data=data, stamps=(stamp,), **read_tables(data)._asdict())
     except BetonError as error:
         raise BetonError(f"{path}: {error}; convert the images anew with `python -m tools.convert`") from None
+    except OSError as error:
+        raise BetonError(f"{path}: cannot be read ({error.strerror or error})") from error
 
 
-def _map(path: Path) -> tuple[NDArray[np.uint8], tuple[int, int, int, int]]:
-    """The file's bytes and its stamp."""
+def _open_shards(path: Path) -> Beton:
+    """The shards of an index as one set."""
+    try:
+        index = load_shard_index(path)
+    except ShardIndexError as error:
+        raise BetonError(str(error)) from None
+    parts = [_open_shard(index.path, shard) for shard in index.shards]
+    if len({part.labels is None for part in parts}) > 1:
+        raise BetonError(f"{path}: some of its shards have labels and some have none; convert the images anew")
+    data, starts, statuses = map_joined([(shard.path, shard.num_bytes) for shard in index.shards])
+    stamps = tuple(_stamp(shard.path, status) for shard, status in zip(index.shards, statuses, strict=True))
+    if stamps != tuple(stamp for part in parts for stamp in part.stamps):
+        raise BetonError(f"{path}: its shards changed while they were being opened; start again with whole files")
+
+    def column(name: str) -> NDArray[Any]:
+        joined: NDArray[Any] = np.concatenate([getattr(part, name) for part in parts])
+        joined.flags.writeable = False
+        return joined
+
+    offsets = np.concatenate([part.offsets + start for part, start in zip(parts, starts, strict=True)])
+    offsets.flags.writeable = False
+    return replace(
+        parts[0],
+        path=path,
+        num_samples=index.num_samples,
+        page_size=max(part.page_size for part in parts),
+        modes=column("modes"),
+        widths=column("widths"),
+        heights=column("heights"),
+        offsets=offsets,
+        sizes=column("sizes"),
+        labels=None if parts[0].labels is None else column("labels"),
+        data=data,
+        stamps=stamps,
+    )
+
+
+def _open_shard(index: Path, shard: Shard) -> Beton:
+    """Its tables, checked; without a map of its bytes, which would hold the file open."""
+    if not shard.path.exists():
+        raise BetonError(
+            f"{index}: its shard {shard.path} is not there; if it was moved, write its new place into the index"
+        )
+    beton = open_beton(shard.path)
+    found = {"bytes": beton.data.size, "samples": beton.num_samples}
+    for what, expected in (("bytes", shard.num_bytes), ("samples", shard.num_samples)):
+        if found[what] != expected:
+            raise BetonError(
+                f"{index}: its shard {shard.path} has {found[what]} {what}, not {expected}: it is another file; bring "
+                "the right one back, or convert the images anew"
+            )
+    return replace(beton, data=beton.data[:0].copy())
+
+
+def _opened(path: Path) -> BinaryIO:
     if not path.is_file():
         raise BetonError("expected a .beton file, found something that is no regular file")
-    try:
-        with path.open("rb") as file:
-            status = os.fstat(file.fileno())
-            if status.st_size < HEADER_DTYPE.itemsize:
-                raise BetonError(f"expected a .beton file, found {status.st_size} bytes, too few for a header")
-            return np.memmap(file, dtype=np.uint8, mode="r", shape=(status.st_size,)), _stamp(status)
-    except OSError as error:
-        raise BetonError(f"cannot be read ({error.strerror or error})") from error
+    return path.open("rb")
 
 
-def _stamp(status: os.stat_result) -> tuple[int, int, int, int]:
-    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+def _map(file: BinaryIO, num_bytes: int) -> NDArray[np.uint8]:
+    if num_bytes < HEADER_DTYPE.itemsize:
+        raise BetonError(f"expected a .beton file, found {num_bytes} bytes, too few for a header")
+    return np.memmap(file, dtype=np.uint8, mode="r", shape=(num_bytes,))
 
 
-def _read(path: Path, data: NDArray[np.uint8], stamp: tuple[int, int, int, int]) -> Beton:
-    header = _read_header(data)
-    num_samples, table_start = header["num_samples"], header["alloc_table_ptr"]
-
-    fields_end = HEADER_DTYPE.itemsize + header["num_fields"] * FIELD_DTYPE.itemsize
-    _require_room("the field descriptors", fields_end, table_start)
-    type_ids = _field_types(data[HEADER_DTYPE.itemsize : fields_end].view(FIELD_DTYPE))
-
-    row = metadata_dtype(type_ids)
-    metadata_end = fields_end + num_samples * row.itemsize
-    _require_room(f"the metadata of {num_samples} samples", metadata_end, table_start)
-    metadata = data[fields_end:metadata_end].view(row)
-    image = metadata[f"f{type_ids.index(IMAGE_FIELD)}"]
-    labels = metadata[f"f{type_ids.index(INT_FIELD)}"] if INT_FIELD in type_ids else None
-
-    sizes = _sample_sizes(image["data_ptr"], data[table_start:])
-    _require_inside(image["data_ptr"], sizes, metadata_end, table_start)
-    _require_images(image, sizes)
-    return Beton(
-        path=path,
-        num_samples=num_samples,
-        page_size=header["page_size"],
-        modes=_column(image["mode"], np.uint8),
-        widths=_column(image["width"], np.int32),
-        heights=_column(image["height"], np.int32),
-        offsets=_column(image["data_ptr"], np.int64),
-        sizes=_column(sizes, np.int64),
-        labels=None if labels is None else _column(labels, np.int64),
-        data=data,
-        stamp=stamp,
-    )
-
-
-def _read_header(data: NDArray[np.uint8]) -> dict[str, int]:
-    record = data[: HEADER_DTYPE.itemsize].view(HEADER_DTYPE)[0]
-    header = {name: int(record[name]) for name in HEADER_DTYPE.names or ()}
-    version, page_size = header["version"], header["page_size"]
-    if version != FORMAT_VERSION:
-        raise BetonError(f"expected a .beton file of format version {FORMAT_VERSION}, found {version}")
-    if page_size == 0 or page_size & (page_size - 1):
-        raise BetonError(f"the page size must be a power of two, found {page_size}")
-    if header["num_samples"] == 0:
-        raise BetonError("expected at least one sample, found none")
-    if header["alloc_table_ptr"] == 0:
-        raise BetonError("half-written: the program that wrote it stopped before the allocation table")
-    _require_room("the tables and the data", header["alloc_table_ptr"], data.size, "the file ends")
-    return header
-
-
-def _field_types(descriptors: NDArray[np.void]) -> list[int]:
-    type_ids = [int(type_id) for type_id in descriptors["type_id"]]
-    for type_id, name in zip(type_ids, descriptors["name"], strict=True):
-        if type_id not in FIELD_METADATA:
-            # 255 is a custom field: how long its metadata are, only the program that wrote it knows.
-            shown = bytes(name).split(b"\0")[0].decode("ascii", "backslashreplace")
-            raise BetonError(f"expected FFCV's own field types, 0 to 6, found {type_id} for field {shown!r}")
-    if IMAGE_FIELD not in type_ids:
-        raise BetonError(f"expected an RGB image field (type {IMAGE_FIELD}), found field types {type_ids}")
-    return type_ids
-
-
-def _sample_sizes(pointers: NDArray[np.uint64], table_bytes: NDArray[np.uint8]) -> NDArray[np.uint64]:
-    """Bytes of each sample, uint64 [n]: those of the allocation whose pointer is the image's."""
-    if table_bytes.size % ALLOCATION_DTYPE.itemsize:
-        raise BetonError(
-            f"torn: the allocation table has {table_bytes.size} bytes, no multiple of an entry's "
-            f"{ALLOCATION_DTYPE.itemsize}"
-        )
-    table = np.array(table_bytes.view(ALLOCATION_DTYPE))
-    # FFCV's workers hand in their parts one after the other. An empty allocation (of a bytes field) shares
-    # its pointer with the next one: sorted by size as well, the one that holds something comes last.
-    if np.any(table["ptr"][1:] <= table["ptr"][:-1]):
-        table = table[np.lexsort((table["size"], table["ptr"]))]
-    if table.size == 0:
-        raise BetonError("torn: the allocation table is missing")
-    entry = np.maximum(np.searchsorted(table["ptr"], pointers, side="right"), 1) - 1
-    found = (table["ptr"][entry] == pointers) & (table["sample_id"][entry] == np.arange(pointers.size))
-    _require_all(found, lambda i: f"torn: the allocation table has no entry for sample {i}")
-    sizes: NDArray[np.uint64] = table["size"][entry]
-    return sizes
-
-
-def _require_inside(pointers: NDArray[np.uint64], sizes: NDArray[np.uint64], data_start: int, data_end: int) -> None:
-    # Unsigned sums may wrap around, hence sizes are compared with the room that is left.
-    room = np.uint64(data_end) - np.minimum(pointers, np.uint64(data_end))
-    _require_all(
-        (pointers >= data_start) & (sizes <= room),
-        lambda i: (
-            f"torn: sample {i} has {sizes[i]} bytes from byte {pointers[i]} on, outside the data "
-            f"(bytes {data_start} to {data_end})"
-        ),
-    )
-
-
-def _require_images(image: NDArray[np.void], sizes: NDArray[np.uint64]) -> None:
-    modes, widths, heights = image["mode"], image["width"], image["height"]
-    pixels = widths.astype(np.uint64) * heights
-    _require_all(
-        (modes == MODE_JPEG) | (modes == MODE_RAW),
-        lambda i: f"sample {i} must have mode {MODE_JPEG} (JPEG) or {MODE_RAW} (raw), found {modes[i]}",
-    )
-    _require_all(
-        (pixels > 0) & (sizes > 0),
-        lambda i: f"sample {i} is empty: {widths[i]}×{heights[i]} pixels in {sizes[i]} bytes",
-    )
-    _require_all(
-        (modes != MODE_JPEG) | (pixels <= most_pixels(np.minimum(sizes, np.uint64(1 << 32)))),
-        lambda i: f"sample {i} cannot be an image of {widths[i]}×{heights[i]} pixels in {sizes[i]} bytes",
-    )
-    _require_all(
-        (modes != MODE_RAW) | (sizes == 3 * pixels),
-        lambda i: (
-            f"raw sample {i} of {widths[i]}×{heights[i]} pixels must have {3 * pixels[i]} bytes, found {sizes[i]}"
-        ),
-    )
-
-
-def _require_all(ok: NDArray[np.bool_], message: Callable[[int], str]) -> None:
-    if not ok.all():
-        raise BetonError(message(int(np.argmin(ok))))
-
-
-def _require_room(what: str, needed: int, end: int, limit: str = "the allocation table begins") -> None:
-    if needed > end:
-        raise BetonError(f"torn: {what} need {needed} bytes, but {limit} at byte {end}")
-
-
-def _column(values: NDArray[Any], dtype: type[ScalarT]) -> NDArray[ScalarT]:
-    """A contiguous read-only copy: the table itself lies unaligned in the map."""
-    column = np.array(values, dtype=dtype)
-    column.flags.writeable = False
-    return column
+def _stamp(path: Path, status: os.stat_result) -> Stamp:
+    return Stamp(path, status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)

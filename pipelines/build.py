@@ -35,7 +35,8 @@ class DataConfig:
     """What is trained on, and how it is read."""
 
     path: str
-    """The `.beton` file, made by `python -m tools.convert`; under `loader: folder` a folder of images."""
+    """The `.beton` file, made by `python -m tools.convert`, or the `.shards.json` of a set in several; under `loader:
+    folder` a folder of images."""
     subset: SubsetConfig = SubsetConfig()
     """Which of its images are used; by default all."""
     labelled: SubsetConfig = SubsetConfig()

@@ -15,6 +15,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from pipelines.shard_index import ShardIndexError, is_shard_index, load_shard_index
+
 FORMAT = "twinview-manifest"
 FORMAT_VERSION = 1
 
@@ -68,11 +70,13 @@ def manifest_path(beton_path: str | Path) -> Path:
 
 
 def load_manifest(beton_path: str | Path) -> Manifest | None:
-    """Reads the manifest beside a `.beton`; None if there is none.
+    """Reads the manifest beside a `.beton`; None if there is none. For an index of shards: theirs as one.
 
     Raises:
         ManifestError: it is torn, foreign, at odds with itself, or that of another `.beton`.
     """
+    if is_shard_index(beton_path):
+        return _load_joined(Path(beton_path))
     path = manifest_path(beton_path)
     try:
         if path.exists() and not path.is_file():  # a pipe would have no end
@@ -90,6 +94,39 @@ def load_manifest(beton_path: str | Path) -> Manifest | None:
             "delete the manifest or convert the images anew"
         )
     return manifest
+
+
+def _load_joined(index_path: Path) -> Manifest | None:
+    """The manifests of all shards as that of one set; None if one is missing."""
+    try:
+        shards = load_shard_index(index_path).shards
+    except ShardIndexError as error:
+        raise ManifestError(str(error)) from None
+    found = [load_manifest(shard.path) for shard in shards]
+    parts = [part for part in found if part is not None]
+    if len(parts) < len(found):
+        return None
+    for shard, part in zip(shards, parts, strict=True):
+        if (part.classes, part.sha256) != (parts[0].classes, shard.sha256):
+            raise ManifestError(
+                f"{manifest_path(shard.path)}: describes another file, or other classes, than {index_path}; bring the "
+                "right one back, or convert the images anew"
+            )
+    counts = [part.class_counts for part in parts if part.class_counts is not None]
+    return Manifest(
+        # Of the whole there is no file to take a digest of.
+        sha256=hashlib.sha256("".join(part.sha256 for part in parts).encode()).hexdigest(),
+        num_bytes=sum(part.num_bytes for part in parts),
+        num_samples=sum(part.num_samples for part in parts),
+        classes=parts[0].classes,
+        class_counts=[sum(by_shard) for by_shard in zip(*counts, strict=True)] if counts else None,
+        options=parts[0].options,
+        num_converted=sum(part.num_converted for part in parts),
+        quarantined=[entry for part in parts for entry in part.quarantined],
+        tools=parts[0].tools,
+        files=[name for part in parts for name in part.files],
+        crc32=[checksum for part in parts for checksum in part.crc32],
+    )
 
 
 def file_sha256(file: BinaryIO) -> str:

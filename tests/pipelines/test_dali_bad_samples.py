@@ -107,7 +107,7 @@ def test_a_sample_that_is_damaged_after_it_was_checked_is_named(make_loader, bet
         half = int(data.sizes[13]) // 2
         file.seek(int(data.offsets[13]) + half)
         file.write(bytes(int(data.sizes[13]) - half))
-    os.utime(data.path, ns=(0, data.stamp[3]))  # as a failing disk leaves it
+    os.utime(data.path, ns=(0, data.stamps[0].written_ns))  # as a failing disk leaves it
     if on_error == "raise":
         with pytest.raises(ValueError, match=r"sample 13 .*cannot be decoded: Premature end of JPEG file"):
             list(loader.epoch(0))
@@ -130,7 +130,7 @@ def test_of_two_bad_batches_the_first_is_named(make_loader, beton, tmp_path):
     with data.path.open("r+b") as file:
         file.seek(int(data.offsets[1]))
         file.write(bytes(int(data.sizes[1])))
-    os.utime(data.path, ns=(0, data.stamp[3]))
+    os.utime(data.path, ns=(0, data.stamps[0].written_ns))
     with pytest.raises(ValueError, match=r"sample 1 .*cannot be decoded: Not a JPEG file"):
         list(loader.epoch(0))
 

@@ -69,7 +69,7 @@ def test_a_corrupt_sample_is_named_and_ends_the_loop(tmp_path):
     with open(path, "r+b") as file:
         file.seek(start)
         file.write(bytes(200))
-    os.utime(path, ns=(0, beton.stamp[3]))  # as a failing disk leaves it
+    os.utime(path, ns=(0, beton.stamps[0].written_ns))  # as a failing disk leaves it
     try:
         print(len(list(batches())))
     except KeyboardInterrupt:

@@ -76,7 +76,7 @@ def _open_beton(path: str, split: Split) -> LabelledData:
     labels = np.full(beton.num_samples, -1) if beton.labels is None else beton.labels.copy()
     identity: dict[str, Any] = {"num_samples": beton.num_samples, "fingerprint": beton_fingerprint(beton)}
     # Without a digest of the whole, any change of the file counts: the fingerprint reads some samples alone.
-    identity |= {"sha256": manifest.sha256} if manifest else {"num_bytes": beton.stamp[2], "written_ns": beton.stamp[3]}
+    identity |= {"sha256": manifest.sha256} if manifest else {"files": [list(stamp[3:]) for stamp in beton.stamps]}
     classes = manifest.classes if manifest else None
     return LabelledData(split=split, path=path, data=beton, labels=labels, classes=classes, identity=identity)
 
