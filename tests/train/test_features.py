@@ -13,7 +13,7 @@ from pipelines.ffcv_loader import FFCVLoader
 from pipelines.plan import NUM_FINGERPRINTED
 from tests.train.evaluated import CONFIG, make_sets, save_run, supervised_config
 from train.checkpoint import checkpoint_path, load_checkpoint, save_checkpoint
-from train.evaluation import features
+from train.evaluation import extractor
 from train.evaluation.features import FeatureSource, features_of, representations_of
 from train.evaluation.protocol import EvaluationConfig
 
@@ -40,13 +40,13 @@ def ask(sets, tmp_path):
 @pytest.fixture
 def passes(monkeypatch):
     """Paths of the sets that are decoded, one for each pass."""
-    seen, real = [], features.center_loader
+    seen, real = [], extractor.center_loader
 
     def counted(data, *rest):
         seen.append(data.path)
         return real(data, *rest)
 
-    monkeypatch.setattr(features, "center_loader", counted)
+    monkeypatch.setattr(extractor, "center_loader", counted)
     return seen
 
 
@@ -134,7 +134,7 @@ def test_a_folder_is_represented_as_the_beton_that_was_made_of_it(ask, sets, tmp
     save_run(tmp_path / "run")
     folders = {f"{split}_data": str(sets / split / "images") for split in ("train", "test")}
     ours = features_of(ask(representation="pixels"), "test")
-    monkeypatch.setattr(features, "cores_per_rank", lambda ranks: 0)  # decode here: processes take long to start
+    monkeypatch.setattr(extractor, "cores_per_rank", lambda ranks: 0)  # decode here: processes take long to start
     theirs = features_of(ask(representation="pixels", **folders), "test")
     assert torch.equal(ours.labels, theirs.labels)
     assert ours.classes == theirs.classes

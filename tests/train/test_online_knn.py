@@ -18,7 +18,7 @@ from pipelines.subset import SubsetConfig, choose_rows
 from tests.distributed.ranks import run_ranks
 from tests.pipelines.betons import make_beton
 from train.config import PretrainConfig
-from train.evaluation.features import center_loader
+from train.evaluation.extractor import center_loader
 from train.evaluation.knn import knn_accuracy
 from train.evaluation.labelled_data import open_labelled
 from train.evaluation.representation import open_residual_branches

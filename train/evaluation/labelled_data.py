@@ -20,7 +20,8 @@ from pipelines.build import ImageFolder
 from pipelines.manifest import load_manifest
 from pipelines.plan import beton_fingerprint
 
-Split = Literal["train", "test"]
+Split = Literal["train", "test", "all"]
+"""What a set is to an evaluation; `all`: nothing is learned or held out."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -40,7 +41,22 @@ class LabelledData:
     @property
     def field(self) -> str:
         """Of the configuration, for messages."""
-        return f"`{self.split}_data`"
+        return field_of(self.split)
+
+
+def field_of(split: Split) -> str:
+    """The option that names a set."""
+    return "`data`" if split == "all" else f"`{split}_data`"
+
+
+def open_images(path: str) -> LabelledData:
+    """Open a set whose labels, where it has any, do not matter; without decoding anything. None is the label −1.
+
+    Raises:
+        ValueError: it is missing or damaged.
+        OSError: a class folder is empty.
+    """
+    return _open_folder(path, "all") if Path(path).is_dir() else _open_beton(path, "all")
 
 
 def open_labelled(path: str, split: Split) -> LabelledData:
@@ -91,7 +107,7 @@ def _open_folder(path: str, split: Split) -> LabelledData:
         images = list_images(root)
     except FileNotFoundError as error:  # torchvision names neither field nor folder
         raise FileNotFoundError(
-            f"`{split}_data` must hold images in every class folder of {path}: {' '.join(str(error).split())}"
+            f"{field_of(split)} must hold images in every class folder of {path}: {' '.join(str(error).split())}"
         ) from error
     labels = np.array([label for _, label in images], np.int64)
     classes = find_classes(path)[0] if labels.max() >= 0 else None

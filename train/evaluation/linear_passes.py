@@ -19,8 +19,9 @@ from torch import Tensor
 
 from pipelines.batch import Loader
 from train.evaluation.checks import check_finite
+from train.evaluation.extractor import FEATURES_VERSION
 from train.evaluation.feature_cache import FeatureWriter, cache_path, read_features
-from train.evaluation.features import FEATURES_VERSION, FeatureSource
+from train.evaluation.features import FeatureSource
 from train.evaluation.linear_feeds import crop_flip_recipe
 from train.evaluation.protocol import EvaluationConfig
 from train.evaluation.representation import LayeredNetwork
