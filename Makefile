@@ -4,11 +4,11 @@ SHELL := /bin/bash
 BIN := .venv/bin
 JOBS ?= auto
 FUZZ_CASES ?= 200000
-test test-slow-faults test-all reliability bench: export OMP_NUM_THREADS ?= 1
+test test-slow-faults test-all reliability bench bench-quick: export OMP_NUM_THREADS ?= 1
 # Threads that wait for one another soon sleep, so that a busy machine does not stall them.
 export GOMP_SPINCOUNT ?= 1000
 
-.PHONY: setup setup-dev demo test test-slow-faults test-all reliability check bench format lock clean
+.PHONY: setup setup-dev demo test test-slow-faults test-all reliability check bench bench-quick format lock clean
 
 setup:
 	@tools/setup.sh user
@@ -41,8 +41,11 @@ check: setup-dev
 	$(BIN)/lint-imports
 	$(BIN)/codespell
 
-bench: setup-dev
+bench: setup-dev  # every race, minutes
 	$(BIN)/python -m pytest benchmarks -p no:xdist -s
+
+bench-quick: setup-dev  # the most telling ones, two minutes
+	$(BIN)/python -m pytest benchmarks -p no:xdist -s --bench-quick
 
 format: setup-dev
 	$(BIN)/ruff check --fix .

@@ -26,7 +26,7 @@ from train.checkpoint import Checkpoint, checkpoint_path, load_checkpoint, named
 from train.checkpoint_keeping import KeepConfig
 from train.checkpoint_writer import CheckpointWriter
 
-MIN_ROUNDS = 20  # a save is short, and disks are moody
+MIN_ROUNDS = 12  # a save is short, and disks are moody
 
 # The copy alone against copy, checksum and disk. Half of what was measured (EPYC, ext4 on a virtual disk, November
 # 2026, on a busy machine).

@@ -22,30 +22,36 @@ from model.methods.base import Method
 from model.resnet import EncoderConfig
 from train.gradient_cache import Cotangents, cached_projections, loss_gradients, micro_batches, surrogate
 
-BATCH_SIZE = 128
-MICRO_BATCH_SIZES = (64, 32, 16)
+MICRO_BATCH_SIZES = {32: (16, 8), 128: (64, 32, 16)}  # by the size of the batch
+# Of the first of them, as a share of the whole batch's: weights weigh more in a small one.
+MEMORY = {32: 0.85, 128: 0.75}
+SMALL, LARGE = MICRO_BATCH_SIZES
+MAX_ROUNDS = 3
 ROUNDING = 1e-5  # relative error of float32 gradients through 18 layers, summed in another order
 
 
 def test_gradient_cache(bench: Bench) -> None:
     """Two forward passes and one backward, against one each: 4/3 of the work, where a backward is two forwards."""
-    contestants = [Contestant(name="whole", setup=gradient_of, arguments=(None,))]
-    contestants += [Contestant(name=f"micro{size}", setup=gradient_of, arguments=(size,)) for size in MICRO_BATCH_SIZES]
-    micro = [*contestants[1:], contestants[0]]
-    bench.race(f"gradient_cache{BATCH_SIZE}", "s", micro, {"whole": Floor(speed=0.5, goal=0.75, memory=0.75)})
+    race_of_sizes(bench, SMALL)
 
 
+@pytest.mark.usefixtures("large")
+def test_gradient_cache_large(bench: Bench) -> None:
+    race_of_sizes(bench, LARGE)
+
+
+@pytest.mark.usefixtures("large")
 @pytest.mark.parametrize("training", [False, True])
 def test_deviation(training: bool) -> None:
     """The error of the gradient and its direction, with running statistics (exact) and with those of micro-batches."""
-    method, views = build_method(CONFIG, seed=0), two_views(BATCH_SIZE)
+    method, views = build_method(CONFIG, seed=0), two_views(LARGE)
     open_blocks_(method)
     settle_statistics_(method, views)
     method.train(training)
     expected = flat_gradient(method, views, None)
-    print(f"\nbatch {BATCH_SIZE}, statistics of {'the micro-batch' if training else 'training so far'}")
+    print(f"\nbatch {LARGE}, statistics of {'the micro-batch' if training else 'training so far'}")
     print(f"{'micro-batch':>12}{'relative error':>16}{'cosine':>10}")
-    for size in MICRO_BATCH_SIZES:
+    for size in MICRO_BATCH_SIZES[LARGE]:
         gradient = flat_gradient(method, views, size)
         error = ((gradient - expected).norm() / expected.norm()).item()
         cosine = torch.cosine_similarity(gradient, expected, dim=0).item()
@@ -53,13 +59,23 @@ def test_deviation(training: bool) -> None:
         assert training or error < ROUNDING
 
 
+def race_of_sizes(bench: Bench, batch_size: int) -> None:
+    sizes = [*MICRO_BATCH_SIZES[batch_size], None]
+    contestants = [
+        Contestant(name=f"micro{size}" if size else "whole", setup=gradient_of, arguments=(batch_size, size))
+        for size in sizes
+    ]
+    floors = {"whole": Floor(speed=0.5, goal=0.75, memory=MEMORY[batch_size])}
+    bench.race(f"gradient_cache{batch_size}", "s", contestants, floors, max_rounds=MAX_ROUNDS)
+
+
 CONFIG = ModelConfig(encoder=EncoderConfig(depth=18, stem="cifar"), temperature=0.5)
 
 
-def gradient_of(size: int | None) -> Run:
+def gradient_of(batch_size: int, size: int | None) -> Run:
     """One item is the gradient of one batch."""
     torch.set_num_threads(1)
-    method, views = build_method(CONFIG, seed=0), two_views(BATCH_SIZE)
+    method, views = build_method(CONFIG, seed=0), two_views(batch_size)
     method.to(memory_format=torch.channels_last)
 
     def run(num_batches: int) -> None:

@@ -53,8 +53,9 @@ FLOORS = {
 }
 
 
+@pytest.mark.quick
 def test_resnet50(bench: Bench) -> None:
-    bench.race("resnet50", "s", contestants("resnet50"), FLOORS, one_core=True)
+    bench.race("resnet50", "s", contestants("resnet50"), FLOORS, one_core=True, quick=("lightly", "torch_sgd"))
 
 
 @pytest.mark.usefixtures("large")

@@ -14,6 +14,7 @@ import contextlib
 import ctypes
 import multiprocessing
 import os
+import sys
 import time
 import traceback
 from collections.abc import Callable
@@ -24,6 +25,8 @@ from typing import Any
 
 SETUP_PATIENCE_S = 600.0  # compiling the kernels for the first time takes a minute or two
 TURN_PATIENCE_S = 300.0  # beyond what a turn should take; a loader that hangs must not hang the benchmark
+
+PRELOADED = ("torch", "torchvision")  # 3 and 4 s; most peers import both
 
 Run = Callable[[int], None]
 """Does the given number of items."""
@@ -63,6 +66,8 @@ class WarmUp:
     """Memory taken beyond that of the set-up."""
     items_per_turn: int
     """Items that fill a turn's time, a multiple of the contestant's step."""
+    gpu_peak_mib: float = 0.0
+    """Memory of the GPU taken beyond that of the set-up, by torch's allocator."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,9 +84,9 @@ class ContestantProcess:
 
     def __init__(self, contestant: Contestant) -> None:
         self.name = contestant.name
-        # Forked from a server without threads or state, which has done the import that takes everyone seconds.
+        # Forked from a server without threads or state, which has done the imports that take everyone seconds.
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["torch"])
+        context.set_forkserver_preload(list(PRELOADED))
         self._pipe, theirs = context.Pipe()
         # Not a daemon, since those may have no worker processes.
         self._process = context.Process(target=_serve, args=(theirs, contestant), name=contestant.name)
@@ -146,12 +151,17 @@ def _warm_up(run: Run, step: int, seconds: float) -> WarmUp:
     _return_free_memory()
     held = _held_mib()
     Path("/proc/self/clear_refs").write_text("5")  # lowers the high-water mark to what is held now
+    gpu_held = 0.0
+    if gpu := _gpu():
+        gpu.reset_peak_memory_stats()
+        gpu_held = gpu.memory_allocated() / 2**20
     items = step
     while (turn := _turn(run, items)).seconds < seconds:
         items *= 2
     peak = status_mib("VmHWM") + _workers_mib()
     steps = round(turn.items * seconds / turn.seconds / step)
-    return WarmUp(peak_mib=peak - held, items_per_turn=max(steps, 1) * step)
+    gpu_peak = gpu.max_memory_allocated() / 2**20 - gpu_held if (gpu := _gpu()) else 0.0
+    return WarmUp(peak_mib=peak - held, items_per_turn=max(steps, 1) * step, gpu_peak_mib=gpu_peak)
 
 
 def _turn(run: Run, items: int) -> Turn:
@@ -193,6 +203,12 @@ def _workers_mib() -> float:
 def _kib_mib(path: Path, field: str) -> float:
     line = next(line for line in path.read_text().splitlines() if line.startswith(f"{field}:"))
     return int(line.split()[1]) / 1024
+
+
+def _gpu() -> Any:
+    """torch.cuda for who has touched a GPU, else None: asking it for figures must not be what touches one."""
+    torch = sys.modules.get("torch")
+    return torch.cuda if torch is not None and torch.cuda.is_initialized() else None
 
 
 def _return_free_memory() -> None:

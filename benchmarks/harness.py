@@ -7,35 +7,19 @@ figures of a row are medians over the rounds; a ratio is the median of the round
 
 from __future__ import annotations
 
-import importlib.metadata
-import json
-import os
-import platform
 import statistics
-import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Literal
 
 from benchmarks.contestant import Contestant, ContestantProcess, Turn, WarmUp
 
-PACKAGES = (
-    "torch",
-    "torchvision",
-    "numba",
-    "numpy",
-    "ffcv",
-    "nvidia-dali-cuda130",
-    "pillow",
-    "lightly",
-    "pytorch-metric-learning",
-)
-
 MAX_CORES = 1.05  # of one thread, by clocks that are not read at the same moment
+LEAST_PEAK_MIB = 1.0  # less than that is the allocator's own coming and going
 
-Unit = Literal["images/s", "s"]
+Unit = Literal["images/s", "steps/s", "s"]
+"""Of a median: items a second, or seconds an item."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +29,7 @@ class Floor:
     speed: float
     """It is at least this many times as fast."""
     goal: float
-    """The ratio that the design aims at."""
+    """The ratio to reach."""
     memory: float | None = None
     """It takes at most this share of the other's memory."""
 
@@ -67,6 +51,30 @@ class Row:
     """Memory that the work takes beyond that of a process which is set up for it."""
     repeats: int
     """Rounds."""
+    gpu_peak_mib: float = 0.0
+    """The same of the GPU's memory."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ratio:
+    """Our contestant against another one of the same race."""
+
+    work: str
+    first: str
+    """Ours."""
+    second: str
+    ratio: float
+    """How many times as fast ours is: the median of the rounds' ratios."""
+    spread: float
+    """Interquartile range of the rounds' ratios, as a share of their median."""
+    rounds: int
+    floor: float | None = None
+    """What was asserted of the ratio; None if nothing was."""
+    goal: float | None = None
+    memory: float | None = None
+    """Our peak as a share of the other's; None where the other's is too small to be measured."""
+    memory_limit: float | None = None
+    """What was asserted of that share."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,8 +93,29 @@ class Race:
 
     def ratio(self, first: str, second: str) -> float:
         """How many times as fast `first` is as `second`."""
-        pairs = zip(self.turns[first], self.turns[second], strict=True)
-        return statistics.median(_speed(ours) / _speed(theirs) for ours, theirs in pairs)
+        return statistics.median(self._round_ratios(first, second))
+
+    def ratios(self, floors: Mapping[str, Floor]) -> list[Ratio]:
+        """The first contestant against each of the others, with what must hold of it."""
+        first, *others = self.turns
+        return [self.against(first, second, floors.get(second)) for second in others]
+
+    def against(self, first: str, second: str, floor: Floor | None = None) -> Ratio:
+        """One contestant against another one, with what must hold of it."""
+        values = self._round_ratios(first, second)
+        ours, theirs = self.warm_ups[first].peak_mib, self.warm_ups[second].peak_mib
+        return Ratio(
+            work=self.work,
+            first=first,
+            second=second,
+            ratio=statistics.median(values),
+            spread=_interquartile_range(values) / statistics.median(values),
+            rounds=len(values),
+            floor=floor.speed if floor else None,
+            goal=floor.goal if floor else None,
+            memory=max(ours, 0.0) / theirs if theirs >= LEAST_PEAK_MIB else None,
+            memory_limit=floor.memory if floor else None,
+        )
 
     def require(self, first: str, floors: dict[str, Floor]) -> None:
         """Assert every floor of `first` against the contestants named."""
@@ -125,10 +154,14 @@ class Race:
             verdict += f" (floor {floors[second].speed:.3g}, goal {floors[second].goal})"
         return verdict
 
+    def _round_ratios(self, first: str, second: str) -> list[float]:
+        pairs = zip(self.turns[first], self.turns[second], strict=True)
+        return [_speed(ours) / _speed(theirs) for ours, theirs in pairs]
+
     def _row(self, name: str) -> Row:
         turns = self.turns[name]
         speeds = [_speed(turn) for turn in turns]
-        values = speeds if self.unit == "images/s" else [1 / speed for speed in speeds]
+        values = [1 / speed for speed in speeds] if self.unit == "s" else speeds
         median = statistics.median(values)
         return Row(
             work=self.work,
@@ -139,6 +172,7 @@ class Race:
             cpu_s_per_item=statistics.median(turn.cpu_seconds / turn.items for turn in turns),
             peak_mib=self.warm_ups[name].peak_mib,
             repeats=len(turns),
+            gpu_peak_mib=self.warm_ups[name].gpu_peak_mib,
         )
 
 
@@ -183,44 +217,6 @@ def pooled(races: Sequence[Race]) -> Race:
             warm_ups[name] = max(warm_up, warm_ups.get(name, warm_up), key=lambda known: known.peak_mib)
             turns.setdefault(name, []).extend(one.turns[name])
     return Race(work=races[0].work, unit=races[0].unit, warm_ups=warm_ups, turns=turns)
-
-
-def write_json(path: Path, rows: Sequence[Row]) -> None:
-    """The rows, and what they were measured on."""
-    content = {"environment": environment(), "rows": [asdict(row) for row in rows]}
-    path.write_text(json.dumps(content, indent=2) + "\n")
-
-
-def environment() -> dict[str, str | int | float]:
-    """Device, cores, versions and commit."""
-    return {
-        "device": _processor(),
-        "cores": len(os.sched_getaffinity(0)),
-        "load": os.getloadavg()[0],
-        "platform": platform.platform(),
-        "commit": _commit(),
-        "python": platform.python_version(),
-        **{package: _version(package) for package in PACKAGES},
-    }
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
-
-
-def _processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
-def _commit() -> str:
-    """The commit that is checked out, marked if files differ from it; `unknown` outside a repository."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parent)
-    return result.stdout.strip() or "unknown"
 
 
 def _speed(turn: Turn) -> float:

@@ -89,10 +89,10 @@ class DALILoader:
         self.beton, self.recipe, self.seed = beton, recipe, seed
         self.device = device or torch.device("cpu")
         self.dtype = dtype
-        self._photometric, self._output = photometric, output
+        self.photometric, self.output = photometric, output
         self._batch_size = -(-global_batch_size // world_size)
         self._num_threads, self._batches_ahead = num_threads, batches_ahead
-        self._plan = plan_of(
+        self.plan = plan_of(
             beton,
             seed=seed,
             global_batch_size=global_batch_size,
@@ -103,18 +103,18 @@ class DALILoader:
         )
         # Crops of 8 bits in DALI's hands, and finished views of one batch; on a GPU, memory that torch knows better.
         if self.device.type == "cpu":
-            local_batch_size = min(self._batch_size, self._plan.num_samples)
+            local_batch_size = min(self._batch_size, self.plan.num_samples)
             check_batches_fit(recipe, local_batch_size, batches_ahead + 5, bytes_per_number=1)
         self._bad_samples = bad_samples_of(beton, on_error, training=training, rows=rows)
         self._check = JpegCheck(beton, num_threads)
-        self._maker = BatchMaker(beton, recipe, self._plan, self._bad_samples, self._check, photometric)
+        self._maker = BatchMaker(beton, recipe, self.plan, self._bad_samples, self._check, photometric)
         self._idle: ViewPipeline | None = None  # left by a whole epoch
         self._runs: list[_EpochRun] = []
         self._lent: deque[tuple[torch.cuda.Event, list[Tensor]]] = deque()
 
     def __len__(self) -> int:
         """Batches in an epoch."""
-        return len(self._plan)
+        return len(self.plan)
 
     @property
     def num_skipped(self) -> int:
@@ -128,7 +128,7 @@ class DALILoader:
         try:
             for batch in range(start_batch, len(self)):
                 drawn, images = run.next_batch()
-                self._plan.record(epoch, batch)
+                self.plan.record(epoch, batch)
                 made = self._finish(drawn, images, epoch)
                 del images  # held only as long as they are read
                 if batch + 1 == len(self):  # who takes the last batch need not ask for one more
@@ -140,11 +140,11 @@ class DALILoader:
 
     def state_dict(self) -> dict[str, Any]:
         """Position after the last batch yielded, and what makes a resumed run the same one."""
-        return self._plan.state_dict()
+        return self.plan.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> tuple[int, int]:
         """Check that `state` is of this data and order, and return its position; see `BatchPlan.load_state_dict`."""
-        return self._plan.load_state_dict(state)
+        return self.plan.load_state_dict(state)
 
     def close(self) -> None:
         """Stop the threads, DALI's too, and free their memory."""
@@ -168,7 +168,7 @@ class DALILoader:
             num_threads=self._num_threads,
             device=self.device,
             queue_depth=self._batches_ahead + 1,
-            photometric=self._photometric,
+            photometric=self.photometric,
         )
 
     def _find_bad_samples(self, drawn: Drawn, failure: RuntimeError) -> None:
@@ -211,9 +211,9 @@ class DALILoader:
         )
 
     def _color(self, images: Tensor, params: ViewParams, view: ViewRecipe) -> Tensor:
-        if self._output == "crops":
+        if self.output == "crops":
             return images.clone()  # DALI writes its memory again
-        if self._photometric == "ours" and len(images):
+        if self.photometric == "ours" and len(images):
             return photometric_chain(images, params, view, self.recipe, self.dtype)
         return images.to(self.dtype, copy=self.device.type == "cuda")
 

@@ -64,6 +64,11 @@ class FFCVLoader:
         geometry: where crops are cut and resized, the `cpu` or the `device`; `auto`: on a GPU if the file is raw.
         output: `views`, or `crops`: uint8, before the photometric chain, whatever `dtype` is.
 
+    Attributes:
+        plan: which samples each batch holds.
+        renderer: makes batches on the host.
+        sender: copies them to the device.
+
     Raises:
         ValueError: the batches do not fit into memory.
     """
@@ -91,7 +96,7 @@ class FFCVLoader:
         self.beton, self.recipe, self.seed = beton, recipe, seed
         self.device = device or torch.device("cpu")
         self.dtype = dtype
-        self._plan = plan_of(
+        self.plan = plan_of(
             beton,
             seed=seed,
             global_batch_size=global_batch_size,
@@ -102,7 +107,7 @@ class FFCVLoader:
         )
         self._bad_samples = bad_samples_of(beton, on_error, training=training, rows=rows)
         self._batches_ahead, self._output = batches_ahead, output
-        self._renderer = Renderer(
+        self.renderer = Renderer(
             beton,
             recipe,
             seed,
@@ -112,14 +117,14 @@ class FFCVLoader:
             pinned=self.device.type == "cuda",
             bad_samples=self._bad_samples,
         )
-        self._sender = Sender(self.device)
-        local_batch_size = -(-min(global_batch_size, self._plan.num_samples) // world_size)
-        batch_bytes = buffer_bytes(self._renderer.batch_bytes(local_batch_size), pinned=self.device.type == "cuda")
+        self.sender = Sender(self.device)
+        local_batch_size = -(-min(global_batch_size, self.plan.num_samples) // world_size)
+        batch_bytes = buffer_bytes(self.renderer.batch_bytes(local_batch_size), pinned=self.device.type == "cuda")
         check_batches_fit(recipe, local_batch_size, batches_ahead + 2, bytes_per_number=4, batch_bytes=batch_bytes)
 
     def __len__(self) -> int:
         """Batches in an epoch."""
-        return len(self._plan)
+        return len(self.plan)
 
     @property
     def num_skipped(self) -> int:
@@ -132,15 +137,15 @@ class FFCVLoader:
         try:
             for batch in range(start_batch, len(self)):
                 while len(in_flight) <= self._batches_ahead and batch + len(in_flight) < len(self):
-                    samples = self._plan.samples(epoch, batch + len(in_flight))
-                    in_flight.append(_InFlight(self._renderer.start(epoch, samples)))
+                    samples = self.plan.samples(epoch, batch + len(in_flight))
+                    in_flight.append(_InFlight(self.renderer.start(epoch, samples)))
                 current = in_flight.popleft()
                 sent = self._send(current)
                 for later in in_flight:  # what is decoded already travels while the device works on this batch
                     if not later.rendering.is_made:
                         break
                     self._send(later)
-                self._plan.record(epoch, batch)
+                self.plan.record(epoch, batch)
                 made = self._finish(current.rendering, sent)
                 del current, sent  # their memory is free for the next batches while this one is in use
                 yield made
@@ -150,30 +155,30 @@ class FFCVLoader:
 
     def state_dict(self) -> dict[str, Any]:
         """Position after the last batch yielded, and what makes a resumed run the same one."""
-        return self._plan.state_dict()
+        return self.plan.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> tuple[int, int]:
         """Check that `state` is of this data and order, and return its position; see `BatchPlan.load_state_dict`."""
-        return self._plan.load_state_dict(state)
+        return self.plan.load_state_dict(state)
 
     def close(self) -> None:
         """Stop the threads and free their memory."""
-        self._renderer.close()
+        self.renderer.close()
 
     def _send(self, batch: _InFlight) -> Sent:
         """Wait until a batch is made, and send it to the device, unless it is on its way."""
         if batch.sent is None:
-            batch.rendering = self._renderer.wait(batch.rendering)
+            batch.rendering = self.renderer.wait(batch.rendering)
             samples = batch.rendering.samples
             labels = np.full(len(samples), -1) if self.beton.labels is None else self.beton.labels[samples]
-            batch.sent = self._sender.send(batch.rendering.out, self._pinned(labels))
+            batch.sent = self.sender.send(batch.rendering.out, self._pinned(labels))
         return batch.sent
 
     def _finish(self, made: Rendering, sent: Sent) -> Batch:
         """Hand a batch over, on the device."""
         out, labels = sent.receive()
-        target = self._renderer.target
-        views = self._crops(made, out) if target == "images" else self._renderer.views(made, out)
+        target = self.renderer.target
+        views = self.crops(made, out) if target == "images" else self.renderer.views(made, out)
         if self._output == "views":
             if target != "views":
                 views = [
@@ -183,8 +188,8 @@ class FFCVLoader:
             views = [view.to(self.dtype) for view in views]
         return Batch(views=views, labels=labels, sample_indices=torch.from_numpy(made.samples), epoch=made.epoch)
 
-    def _crops(self, made: Rendering, pixels: Tensor) -> list[Tensor]:
-        """Cut and resize on the device."""
+    def crops(self, made: Rendering, pixels: Tensor) -> list[Tensor]:
+        """Cut and resize whole images on the device, from `pixels`, the buffer of their batch or its copy."""
         images = PackedImages(
             pixels=pixels,
             offsets=to_device(made.starts, self.device),

@@ -87,7 +87,7 @@ class FolderLoader:
         self.dataset = CropDataset(Path(root), recipe, seed)
         if labels is not None:
             self.dataset.labels = labels
-        self._plan = BatchPlan(
+        self.plan = BatchPlan(
             num_samples=len(self.dataset),
             fingerprint=folder_fingerprint(self.dataset),
             seed=seed,
@@ -97,7 +97,7 @@ class FolderLoader:
             training=training,
             rows=rows,
         )
-        local_batch_size = -(-min(global_batch_size, self._plan.num_samples) // world_size)
+        local_batch_size = -(-min(global_batch_size, self.plan.num_samples) // world_size)
         check_batches_fit(recipe, local_batch_size, batches_ahead + 6, bytes_per_number=1)
         files = self.dataset.files
         self._bad_samples = BadSamples(len(files), lambda row: f"sample {row} ({files[row]})", on_error, rows=rows)
@@ -106,7 +106,7 @@ class FolderLoader:
 
     def __len__(self) -> int:
         """Batches in an epoch."""
-        return len(self._plan)
+        return len(self.plan)
 
     @property
     def num_skipped(self) -> int:
@@ -116,23 +116,23 @@ class FolderLoader:
     def epoch(self, epoch: int, start_batch: int = 0) -> Iterator[Batch]:
         """The batches of one epoch from `start_batch` on."""
         batches = range(start_batch, len(self))
-        samples = [self._plan.samples(epoch, batch) for batch in batches]
+        samples = [self.plan.samples(epoch, batch) for batch in batches]
         self._addresses.epoch, self._addresses.samples = epoch, samples
         with _stop_signals_blocked():
             crops_of_batches = iter(self._data_loader)
         for batch, rows, crops in zip(batches, samples, crops_of_batches, strict=True):
             for position in range(len(rows)):
                 self._replace(crops, epoch, rows, position)
-            self._plan.record(epoch, batch)
+            self.plan.record(epoch, batch)
             yield self._finish(crops, epoch, rows)
 
     def state_dict(self) -> dict[str, Any]:
         """Position after the last batch yielded, and what makes a resumed run the same one."""
-        return self._plan.state_dict()
+        return self.plan.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> tuple[int, int]:
         """Check that `state` is of this data and order, and return its position; see `BatchPlan.load_state_dict`."""
-        return self._plan.load_state_dict(state)
+        return self.plan.load_state_dict(state)
 
     def close(self) -> None:
         """End the processes."""

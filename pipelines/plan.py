@@ -34,6 +34,7 @@ class BatchPlan:
 
     Attributes:
         num_samples: that are used.
+        rows: those; None: all of the set.
     """
 
     def __init__(
@@ -49,7 +50,7 @@ class BatchPlan:
         rows: NDArray[np.int64] | None = None,
     ) -> None:
         self.num_samples = num_samples if rows is None else len(rows)
-        self.seed, self.training, self._rows = seed, training, rows
+        self.seed, self.training, self.rows = seed, training, rows
         self.global_batch_size, self.rank, self.world_size = global_batch_size, rank, world_size
         self._identity = {
             "num_samples": num_samples,
@@ -74,7 +75,7 @@ class BatchPlan:
         positions = self._order[1][
             rank_rows(batch, self.global_batch_size, self.num_samples, self.rank, self.world_size)
         ]
-        return positions.copy() if self._rows is None else self._rows[positions]
+        return positions.copy() if self.rows is None else self.rows[positions]
 
     def record(self, epoch: int, batch: int) -> None:
         """Note that a batch is being handed over: a checkpoint taken from now on goes on with the next one."""

@@ -11,6 +11,7 @@ Legend: N local images, V views, S side of a view.
 
 from __future__ import annotations
 
+import time
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
@@ -25,6 +26,7 @@ from pipelines.bad_samples import BadSamples
 from pipelines.beton import Beton
 from pipelines.beton_memory import check_images_fit
 from pipelines.buffers import HostBuffers, check_batches_fit
+from pipelines.decode.clock import DECODE, new_clock
 from pipelines.decode.kernel import REFUSED, WRONG_SIZE, Coloring, Layout, Source, render_kernel, unpack_kernel
 from pipelines.decode.resample import FILTERS
 from pipelines.decode.turbojpeg import ANOTHER_SIZE, addresses, is_harmless
@@ -52,6 +54,8 @@ class Rendering:
         tries: how many times the batch was begun.
         is_void: a whole image was replaced by one of another size, so that the buffer must be laid out anew.
         chunks: what the threads do.
+        spent: nanoseconds in the parts of `pipelines.decode.clock`, an array for each call of the kernel, where the
+            renderer has a clock.
     """
 
     epoch: int
@@ -62,6 +66,7 @@ class Rendering:
     tries: int
     is_void: bool = False
     chunks: list[Future[None]] = field(default_factory=list)
+    spent: list[NDArray[np.int64]] = field(default_factory=list)
 
     @property
     def is_made(self) -> bool:
@@ -88,6 +93,10 @@ class Renderer:
         bad_samples: what happens to them.
         by_image: an image's views lie side by side in the buffer, [N, V, S, S, 3] for views of one size; otherwise each
             view is a block of its own, V times [N, S, S, 3].
+
+    Attributes:
+        clock: `WALL` or `THREAD` of `pipelines.decode.clock`, by which the kernels' parts are timed; None: they are
+            not. With a target of `images`, all counts as decoding.
     """
 
     def __init__(
@@ -118,6 +127,7 @@ class Renderer:
         self._buffers = HostBuffers(np.float32 if target == "views" else np.uint8, pinned=pinned)
         self._pool = DecodePool(num_threads, [view.size for view in recipe.views], int(self._filters.max()))
         self._is_closed = False
+        self.clock: int | None = None
         self._turbojpeg = addresses()
         self._kernel = unpack_kernel() if target == "images" else render_kernel()
 
@@ -234,11 +244,19 @@ class Renderer:
         native = (self._turbojpeg, worker.decompressor.handles, scratch)
         epoch_key, out = key_of(self._seed, rendering.epoch)[0], rendering.out.numpy()
         common = (self._source, rendering.samples, self._table, epoch_key, rendering.params, begin, end)
+        clock = None if self.clock is None else new_clock(self.clock)
         if self.target == "images":
+            began = 0 if clock is None else time.clock_gettime_ns(clock.kind)
             stop, status = self._kernel(*common, tolerant, *native, rendering.starts, out)
+            if clock is not None:
+                clock.spent[DECODE] = time.clock_gettime_ns(clock.kind) - began
         else:
             layout = self._layout(len(rendering.samples))
-            stop, status = self._kernel(*common, tolerant, self._scaled_decode, *native, layout, self._coloring, out)
+            stop, status = self._kernel(
+                *common, tolerant, self._scaled_decode, *native, layout, self._coloring, out, clock
+            )
+        if clock is not None:
+            rendering.spent.append(clock.spent)
         return int(stop), int(status)
 
     def _layout(self, num_images: int) -> Layout:

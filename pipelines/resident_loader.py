@@ -31,6 +31,7 @@ from pipelines.buffers import check_batches_fit, free_host_memory
 from pipelines.decode.turbojpeg import PIXEL_FORMAT_RGB, Decompressor
 from pipelines.draw import draw_views
 from pipelines.geometry.crop_resize import PackedImages, crop_resize
+from pipelines.params import ViewParams
 from pipelines.photometric.chain import photometric_chain
 from pipelines.photometric.reference import to_device
 from pipelines.plan import plan_of
@@ -81,7 +82,7 @@ class ResidentLoader:
     ) -> None:
         self.beton, self.recipe, self.seed = beton, recipe, seed
         self.device, self.dtype = device or torch.device("cpu"), dtype
-        self._plan = plan_of(
+        self.plan = plan_of(
             beton,
             seed=seed,
             global_batch_size=global_batch_size,
@@ -91,7 +92,7 @@ class ResidentLoader:
             rows=rows,
         )
         self._bad_samples = bad_samples_of(beton, on_error, training=training, rows=rows)
-        local_batch_size = -(-min(global_batch_size, self._plan.num_samples) // world_size)
+        local_batch_size = -(-min(global_batch_size, self.plan.num_samples) // world_size)
         if self.device.type == "cpu":
             check_batches_fit(recipe, local_batch_size, 2, bytes_per_number=4)
         self._rows = np.arange(beton.num_samples) if rows is None else rows
@@ -109,7 +110,7 @@ class ResidentLoader:
 
     def __len__(self) -> int:
         """Batches in an epoch."""
-        return len(self._plan)
+        return len(self.plan)
 
     @property
     def num_skipped(self) -> int:
@@ -120,16 +121,16 @@ class ResidentLoader:
         """The batches of one epoch from `start_batch` on."""
         for batch in range(start_batch, len(self)):
             made = self._make(epoch, batch)
-            self._plan.record(epoch, batch)
+            self.plan.record(epoch, batch)
             yield made
 
     def state_dict(self) -> dict[str, Any]:
         """Position after the last batch yielded, and what makes a resumed run the same one."""
-        return self._plan.state_dict()
+        return self.plan.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> tuple[int, int]:
         """Check that `state` is of this data and order, and return its position; see `BatchPlan.load_state_dict`."""
-        return self._plan.load_state_dict(state)
+        return self.plan.load_state_dict(state)
 
     def close(self) -> None:
         """Free the device's memory."""
@@ -137,9 +138,18 @@ class ResidentLoader:
 
     def _make(self, epoch: int, batch: int) -> Batch:
         """Draw on the host; select, cut and colour on the device."""
+        images, params, samples, rows = self.select(epoch, batch)
+        views = []
+        for v, view in enumerate(self.recipe.views):
+            crops = crop_resize(images, params[:, v], view)
+            views.append(photometric_chain(crops, params[:, v], view, self.recipe, self.dtype))
+        return Batch(views=views, labels=self._labels[rows], sample_indices=torch.from_numpy(samples), epoch=epoch)
+
+    def select(self, epoch: int, batch: int) -> tuple[PackedImages, ViewParams, NDArray[np.int64], Tensor]:
+        """The images of a batch, their parameters [N, V], their rows in the file, and their places in the set."""
         if self._set is None:
             raise RuntimeError("the loader was closed, and its images are gone; make another one")
-        places = self._stand_ins[np.searchsorted(self._rows, self._plan.samples(epoch, batch))]
+        places = self._stand_ins[np.searchsorted(self._rows, self.plan.samples(epoch, batch))]
         samples = self._rows[places]
         widths, heights = self.beton.widths[samples], self.beton.heights[samples]
         params = draw_views(self.recipe, self.seed, epoch, samples, widths, heights)
@@ -147,11 +157,7 @@ class ResidentLoader:
         images = PackedImages(
             self._set.pixels, self._set.offsets[rows], self._set.widths[rows], self._set.heights[rows]
         )
-        views = []
-        for v, view in enumerate(self.recipe.views):
-            crops = crop_resize(images, params[:, v], view)
-            views.append(photometric_chain(crops, params[:, v], view, self.recipe, self.dtype))
-        return Batch(views=views, labels=self._labels[rows], sample_indices=torch.from_numpy(samples), epoch=epoch)
+        return images, params, samples, rows
 
 
 def check_memory(beton: Beton, device: torch.device, rows: NDArray[np.int64]) -> None:

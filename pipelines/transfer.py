@@ -34,18 +34,21 @@ class Sender:
 
     Args:
         device: where they go.
+
+    Attributes:
+        stream: of the copies; None: the device is no GPU.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
 
     def send(self, *tensors: Tensor) -> Sent:
         """Begin to copy; host tensors are pinned where the device is a GPU, and may be dropped at once."""
-        if self._stream is None:
+        if self.stream is None:
             return Sent(tensors=tuple(tensor.to(self._device) for tensor in tensors), arrival=None)
-        with torch.cuda.stream(self._stream):
+        with torch.cuda.stream(self.stream):
             copies = tuple(tensor.to(self._device, non_blocking=True) for tensor in tensors)
             arrival = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            arrival.record(self._stream)
+            arrival.record(self.stream)
         return Sent(tensors=copies, arrival=arrival)

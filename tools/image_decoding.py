@@ -2,12 +2,14 @@
 
 Rules, where viewers differ: transparent pixels are laid over white; 16-bit channels keep their high byte;
 CMYK is converted without a colour profile, as Pillow and TensorFlow do, and Adobe's inverted CMYK JPEGs are
-righted; EXIF orientation is applied; of an animation the first frame is taken. Colour profiles are ignored,
-as by every training library. A file that cannot be read whole is refused, never filled up with gray.
+righted; EXIF orientation is applied; of an animation the first frame is taken, of a HEIF file the primary image.
+Colour profiles are for `tools.image_colour`. A file that cannot be read whole is refused, never filled up with gray.
 
 Shapes: H height, W width; images are uint8 [H, W, 3].
 """
 
+import errno
+import functools
 import io
 import struct
 import warnings
@@ -17,14 +19,20 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+import pillow_heif
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
+
+from tools.image_kinds import HEAD_BYTES, is_heif, what_it_is
 
 ImageArray = NDArray[np.uint8]
 
 # Decoded by Pillow itself. Others are no photographs, or are handed to foreign programs (EPS to Ghostscript).
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
 ORIENTATION_TAG = 0x0112
+DNG_VERSION_TAG = 0xC612
+SUBFILE_TYPE_TAG = 0x00FE
+REDUCED_RESOLUTION = 1  # in the subfile type: the raw formats' first picture is a preview
 UPRIGHT = 1
 MAX_FILE_BYTES = 1 << 30  # a film or an archive in the folder must not fill the memory
 
@@ -38,6 +46,13 @@ _RIGHTED: dict[int, Callable[[ImageArray], ImageArray]] = {
     7: lambda image: image[::-1, ::-1].transpose(1, 0, 2),
     8: lambda image: image.transpose(1, 0, 2)[::-1],
 }
+
+
+# The disk or the network gave up: the next file would fare no better, and the same file perhaps well a minute later.
+_MEDIUM_ERRORS = frozenset(
+    {errno.EIO, errno.ESTALE, errno.ENODEV, errno.ENXIO, errno.ENOTCONN, errno.ETIMEDOUT, errno.EHOSTDOWN}
+    | {errno.EMFILE, errno.ENFILE, errno.ENOMEM}
+)
 
 
 class UnusableImage(ValueError):
@@ -64,23 +79,41 @@ def codec_settings() -> Iterator[None]:
 
 
 def read_file(path: Path) -> bytes:
-    """The bytes of a regular file (opening a pipe or a device could block for ever)."""
+    """The bytes of a regular file (opening a pipe or a device could block for ever).
+
+    Raises:
+        UnusableImage: there is none, it may not be read, or its first bytes show a video or the like.
+        OSError: the disk or the network failed.
+    """
     try:
         if not path.is_file():
-            raise UnusableImage("is not a regular file" if path.exists() else "no such file (a dangling link)")
-        if path.stat().st_size > MAX_FILE_BYTES:
-            raise UnusableImage(f"is too large: {path.stat().st_size} bytes, more than {MAX_FILE_BYTES}")
-        data = path.read_bytes()
+            missing = "no such file (a dangling link)" if path.is_symlink() else "no such file"
+            raise UnusableImage("is not a regular file" if path.exists() else missing)
+        with path.open("rb") as file:
+            _refuse_other_kinds(file.read(HEAD_BYTES))  # before the whole of a film is read
+            if path.stat().st_size > MAX_FILE_BYTES:
+                raise UnusableImage(f"is too large: {path.stat().st_size} bytes, more than {MAX_FILE_BYTES}")
+            file.seek(0)
+            return file.read()
     except OSError as error:
+        if error.errno in _MEDIUM_ERRORS:
+            raise
         raise UnusableImage(f"cannot be read: {error.strerror or error}") from error
-    if not data:
-        raise UnusableImage("is empty: 0 bytes")
-    return data
 
 
 def open_image(data: bytes) -> Image.Image:
-    """Recognises the format and reads the header; pixels are decoded later. Raises as Pillow does."""
+    """Recognises the format and reads the header; pixels are decoded later. Raises as Pillow does.
+
+    Raises:
+        UnusableImage: it is no image, but something that is known.
+    """
+    _refuse_other_kinds(data[:HEAD_BYTES])
+    if is_heif(data[:HEAD_BYTES]):
+        _register_heif()
+        return Image.open(io.BytesIO(data), formats=("HEIF",))
     image = Image.open(io.BytesIO(data), formats=FORMATS)
+    if image.format == "TIFF" and _is_raw(image):
+        raise UnusableImage("is not an image of a known format, but a camera raw file; export it as JPEG or TIFF")
     if image.format == "PNG":  # whose pixels have checksums, which `load` does not look at
         Image.open(io.BytesIO(data), formats=FORMATS).verify()
     return image
@@ -127,6 +160,26 @@ def reasons() -> Iterator[None]:
     except Exception as error:
         message = " ".join(str(error).split()) or type(error).__name__
         raise UnusableImage(f"cannot be decoded: {message}") from error
+
+
+def _refuse_other_kinds(head: bytes) -> None:
+    if not head:
+        raise UnusableImage("is empty: 0 bytes")
+    if kind := what_it_is(head):
+        raise UnusableImage(f"is not an image of a known format, but {kind}")
+
+
+@functools.cache
+def _register_heif() -> None:
+    # One thread an image: there are as many images at a time as cores. No previews stand in for a photograph.
+    pillow_heif.register_heif_opener(decode_threads=1, thumbnails=False, depth_images=False, aux_images=False)
+
+
+def _is_raw(image: Image.Image) -> bool:
+    """Whether a TIFF is a camera's raw file (DNG, NEF, ARW…), of which Pillow would show the preview."""
+    tags = getattr(image, "tag_v2", {})
+    subfile_type = tags.get(SUBFILE_TYPE_TAG, 0)
+    return DNG_VERSION_TAG in tags or (isinstance(subfile_type, int) and subfile_type & REDUCED_RESOLUTION == 1)
 
 
 def _to_rgb(image: Image.Image) -> ImageArray:

@@ -14,6 +14,7 @@ import cv2
 import numpy as np
 
 from pipelines.beton_layout import MAX_SIDE, MODE_JPEG, MODE_RAW
+from tools.image_colour import to_srgb
 from tools.image_decoding import (
     UPRIGHT,
     ImageArray,
@@ -28,6 +29,7 @@ from tools.jpeg_decoding import decode_jpeg
 from tools.restart_index import add_row_index
 
 Encoding = Literal["jpeg", "keep", "raw"]
+Colors = Literal["stored", "srgb"]
 MAX_JPEG_SIDE = 65500  # libjpeg's limit
 JPEG_FORMATS = ("JPEG", "MPO")  # MPO: a JPEG with more behind it, as some cameras write
 
@@ -42,14 +44,24 @@ class EncodeOptions:
     """Longest side in pixels of what is re-encoded or raw; 0 sets no limit."""
     quality: int = 90
     """JPEG quality of what is re-encoded."""
+    colors: Colors = "stored"
+    """stored: the numbers in the file, as torchvision and the published pipelines take them; srgb: what is re-encoded or
+    raw is converted from its RGB profile."""
 
     def __post_init__(self) -> None:
         if self.encode not in get_args(Encoding):
             raise ValueError(f"`encode` must be one of {get_args(Encoding)}, got {self.encode!r}")
+        if self.colors not in get_args(Colors):
+            raise ValueError(f"`colors` must be one of {get_args(Colors)}, got {self.colors!r}")
         if not 0 <= self.max_side <= MAX_SIDE:
             raise ValueError(f"`max_side` must be 0 (no limit) to {MAX_SIDE}, got {self.max_side}")
         if not 1 <= self.quality <= 100:
             raise ValueError(f"`quality` must be 1 to 100, got {self.quality}")
+
+    def described(self) -> dict[str, str | int]:
+        """For manifests; `colors` where they are not as stored."""
+        stored: dict[str, str | int] = {"encode": self.encode, "max_side": self.max_side, "quality": self.quality}
+        return stored if self.colors == "stored" else {**stored, "colors": self.colors}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +94,8 @@ def encode_image(source: bytes, options: EncodeOptions) -> EncodedImage:
         pixels = decode_jpeg(source) if is_jpeg else None
         pixels = rgb_pixels(image) if pixels is None else turn_upright(pixels, turn)
         pixels = shrink(pixels, options.max_side)
+        if options.colors == "srgb":
+            pixels = to_srgb(pixels, image.info.get("icc_profile"))
         limit = MAX_SIDE if options.encode == "raw" else MAX_JPEG_SIDE
         if max(pixels.shape) > limit:
             raise UnusableImage(f"is {pixels.shape[1]}×{pixels.shape[0]} pixels; no side may exceed {limit}")

@@ -15,7 +15,8 @@ IGNORED_NAMES = frozenset({"thumbs.db", "desktop.ini", "__macosx"})
 JPEG_SUFFIXES = frozenset({".jpg", ".jpeg", ".jpe", ".jfif", ".mpo"})
 OTHER_SUFFIXES = frozenset({".png", ".gif", ".webp", ".bmp", ".tif", ".tiff", ".jp2", ".avif"})
 NETPBM_SUFFIXES = frozenset({".ppm", ".pgm", ".pbm", ".pnm"})
-IMAGE_SUFFIXES = JPEG_SUFFIXES | OTHER_SUFFIXES | NETPBM_SUFFIXES
+HEIF_SUFFIXES = frozenset({".heic", ".heif", ".hif", ".heics", ".heifs"})
+IMAGE_SUFFIXES = JPEG_SUFFIXES | OTHER_SUFFIXES | NETPBM_SUFFIXES | HEIF_SUFFIXES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,23 +42,42 @@ def scan_images(root: str | Path) -> ImageFolder:
         ValueError: no such folder, an empty one, a class folder without images, or both layouts mixed.
         OSError: a folder cannot be listed.
     """
-    root = Path(root)
-    if not root.is_dir():
-        raise ValueError(
-            f"the source must be a folder of images, found {'a file' if root.exists() else 'none'} at {root}"
-        )
+    root = _existing_folder(root)
     loose, folders = _entries(root)
     loose_image = next((name for name in loose if _has_image_suffix(name)), None)
     if folders and loose_image:
         raise ValueError(
             f"{root} must hold class folders or images, found both (folder {folders[0]!r}, image "
-            f"{loose_image!r}); move the images into class folders, or the folders elsewhere"
+            f"{loose_image!r}); pass --unlabelled to take all of them without labels, or move the loose images away"
         )
     if folders:
         return _scan_classes(root, folders, strays=loose)
     if not any(_may_be_image(name) for name in loose):
         raise ValueError(f"{root} must hold images, or class folders with images, found none")
     return ImageFolder(root=root, files=loose, labels=None, classes=None, strays=[])
+
+
+def scan_all_images(root: str | Path) -> ImageFolder:
+    """Lists every file at any depth below `root`, without labels: sorted by folder, then by name.
+
+    Raises:
+        ValueError: no such folder, or one without images.
+        OSError: a folder cannot be listed.
+    """
+    root = _existing_folder(root)
+    files = [name.removeprefix("./") for name in _walk(root, ".")]
+    if not any(_may_be_image(name) for name in files):
+        raise ValueError(f"{root} must hold images at some depth, found {len(files)} other files")
+    return ImageFolder(root=root, files=files, labels=None, classes=None, strays=[])
+
+
+def _existing_folder(root: str | Path) -> Path:
+    root = Path(root)
+    if not root.is_dir():
+        raise ValueError(
+            f"the source must be a folder of images, found {'a file' if root.exists() else 'none'} at {root}"
+        )
+    return root
 
 
 def _scan_classes(root: Path, classes: list[str], strays: list[str]) -> ImageFolder:

@@ -19,7 +19,7 @@ from matplotlib.axes import Axes
 from numpy.typing import NDArray
 
 from tools.pictures_canvas import COLORS, Drawn, new_figure, shortened
-from tools.report import CURVES
+from tools.report_curves import CURVES
 from train.config import config_from_dict, flatten, is_adjustable, read_run_config, resolved_dict
 from train.evaluation.classification import LEVEL, over_seeds
 from train.metrics import METRICS_FILE, read_metrics

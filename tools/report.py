@@ -1,186 +1,207 @@
-"""A run as one self-contained page: `python -m tools.report runs/NAME` writes `runs/NAME/report.html`.
+"""A run, or several side by side, as one self-contained page.
 
-Curves, throughput, what the model saw, evaluation, configuration and versions; no network, no scripts.
+    python -m tools.report runs/photos                              # writes runs/photos/report.html
+    python -m tools.report runs/a runs/b runs/c --out compare.html
+    python -m tools.report runs/photos --test_data data/test.beton  # the set for the map and the neighbours
+
+The page loads nothing and runs nothing. What a run lacks is said in its place, with the command that would make it.
+docs/guides/report.md says what each part shows.
+
+Exit codes: 0 written; 2 bad input, and then nothing was written.
 """
 
 from __future__ import annotations
 
 import argparse
-import base64
-import dataclasses
-import html
-import io
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import matplotlib as mpl
-import numpy as np
-import torch
-from matplotlib.figure import Figure
-from PIL import Image
-from torch import Tensor
+# Read once, when torch is loaded: its threads soon sleep where they wait for one another (see train/evaluate.py).
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
-from pipelines.augment import build_recipe
-from pipelines.build import build_loader, open_data
-from pipelines.recipe import Recipe
-from tools.report_accuracy import accuracy_tables
-from train.checkpoint import latest_checkpoint, load_checkpoint
+from tools.report_accuracy import Record, accuracy_tables, compared, read_evaluations
+from tools.report_chart import line_style
+from tools.report_clock import Clock, clock_of
+from tools.report_curves import throughput_curves, training_curves
+from tools.report_learned import look
+from tools.report_page import Section, missing, page, table
+from tools.report_pictures import data_for_pictures, stored_pictures
+from tools.report_runs import RunRecord, read_run, read_runs
+from tools.report_settings import again, configuration, environment
+from tools.report_sheet import contact_sheet
+from tools.report_style import DASHES, NUM_COLORS
+from tools.report_summary import differences_between, status, summary_table, summary_tiles, what
+from tools.whole_file import clean_termination, whole_file
 from train.cli import run
-from train.config import CONFIG_FILE, PretrainConfig, config_from_dict, read_run_config
-from train.metrics import read_metrics
-from train.schedule import size_of_epoch
+from train.config import CONFIG_FILE
 
-NUM_SHOWN = 12  # images on the contact sheet
-CURVES = {
-    "loss": "NT-Xent loss",
-    "contrastive_accuracy": "contrastive accuracy",
-    "probe_accuracy": "accuracy of the online probe",
-    "knn_accuracy": "accuracy of nearest neighbours",
-    "representation_std": "spread of the representations",
-    "projection_rank": "rank of the projections",
-    "images_per_sec": "source images a second",
-    "data_wait": "share of time waiting for data",
-}
-
-STYLE = """
-:root { color-scheme: light dark; --ink: #1d2433; --paper: #fff; --line: #d5dae3; --soft: #f4f6fa; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e6e9f0; --paper: #14181f; --line: #333b49; --soft: #1c222c; } }
-body { margin: 0 auto; max-width: 62rem; padding: 1.5rem; font: 16px/1.5 system-ui, sans-serif;
-       color: var(--ink); background: var(--paper); }
-h2 { margin-top: 2.5rem; border-bottom: 1px solid var(--line); }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-td, th { padding: .3rem .8rem; border-bottom: 1px solid var(--line); text-align: right; }
-td:first-child, th:first-child { text-align: left; }
-td:not(:first-child) { white-space: nowrap; }
-.scroll { overflow-x: auto; }
-.curves { display: grid; grid-template-columns: repeat(auto-fit, minmax(18rem, 1fr)); gap: 1rem; }
-figure { margin: 0; } figure img { width: 100%; background: #fff; border-radius: 4px; }
-.sheet img { width: 100%; image-rendering: pixelated; background: none; }
-pre { background: var(--soft); padding: 1rem; overflow-x: auto; border-radius: 4px; font-size: .85rem; }
-"""
+REPORT = "report.html"
+MOST_RUNS = len({line_style(i) for i in range(NUM_COLORS * len(DASHES))})  # told apart by colour and dashes
 
 
-def write_report(run_dir: Path) -> Path:
-    """Write the report of a run.
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Reported:
+    """A run, and what is derived from it."""
+
+    run: RunRecord
+    clock: Clock
+    records: list[Record]
+    damaged: list[str]
+    """What is wrong with evaluations that cannot be read."""
+
+
+def write_report(
+    run_dir: Path, *others: Path, out: Path | None = None, test_data: str | None = None, pictures: bool = True
+) -> Path:
+    """Write the report of a run, or of several.
+
+    Args:
+        run_dir: of the run.
+        others: of runs to compare it with.
+        out: the file; by default `report.html` in the run's directory, or, of several, beside the first run's.
+        test_data: images for the map and the neighbours; by default those of an evaluation, or of the training.
+        pictures: draw views, the map and neighbours, for which images are read and an encoder is run.
 
     Returns:
-        Its path.
+        The file.
 
     Raises:
-        ValueError: the directory holds no run.
+        ValueError: a directory holds no run, or there are too many.
+        OSError: it could not be written.
     """
-    config = config_from_dict(read_run_config(run_dir))
-    sections = [
-        _section("Accuracy", accuracy_tables(run_dir / "evaluation")),
-        _section("Training", _curves(run_dir)),
-        _section("What the model sees", _contact_sheet(config)),
-        _section("Environment", _versions(run_dir)),
-        _section("Configuration", f"<pre>{html.escape((run_dir / CONFIG_FILE).read_text())}</pre>"),
-    ]
-    title = html.escape(config.name)
-    command = html.escape(f"deepspeed train/pretrain.py --config {run_dir / CONFIG_FILE} --name {config.name}-again")
-    page = (
-        f'<!doctype html><html lang="en"><meta charset="utf-8">'
-        f'<meta name="viewport" content="width=device-width, initial-scale=1"><title>{title}</title>'
-        f"<style>{STYLE}</style><body><h1>{title}</h1><p>Train it again:</p>"
-        f"<pre>{command}</pre>{''.join(sections)}</body></html>\n"
-    )
-    path = run_dir / "report.html"
-    path.write_text(page)
+    paths = [run_dir, *others]
+    if len(paths) > MOST_RUNS:
+        raise ValueError(f"RUN must name at most {MOST_RUNS} runs, got {len(paths)}; compare fewer")
+    if test_data is not None and not Path(test_data).exists():
+        raise ValueError(f"`--test_data` must name a .beton or a folder of images, {test_data} is not here")
+    path = out or (run_dir / REPORT if not others else run_dir.parent / REPORT)
+    runs = read_runs(paths)
+    if not path.parent.is_dir():
+        raise ValueError(f"`--out` must lie in a folder that exists, got {path}; make {path.parent}")
+    reported = [_reported(found) for found in runs]
+    names = ", ".join(one.run.label for one in reported)
+    sections = _one(reported[0], test_data, pictures) if not others else _several(reported, test_data, pictures)
+    subtitle = what(reported[0].run) if not others else f"{len(reported)} runs side by side"
+    text = page(f"Report of {names}", subtitle, sections)
+    with whole_file(path) as file:
+        file.write(text.encode())
     return path
 
 
-def _section(title: str, body: str) -> str:
-    return f"<section><h2>{title}</h2>{body}</section>" if body else ""
+def _reported(found: RunRecord) -> Reported:
+    records, damaged = read_evaluations(found.path / "evaluation")
+    return Reported(run=found, clock=clock_of(found), records=records, damaged=damaged)
 
 
-def _curves(run_dir: Path) -> str:
-    lines = read_metrics(run_dir) if (run_dir / "metrics.jsonl").exists() else []
-    if not lines:
-        return "<p>No metrics yet.</p>"
-    return '<div class="curves">' + "".join(_curve(lines, name) for name in CURVES) + "</div>"
+def _one(one: Reported, test_data: str | None, pictures: bool) -> list[Section]:
+    """The whole page of one run."""
+    found = one.run
+    return [
+        Section(key="summary", title="Summary", body=summary_tiles(found, one.clock, one.records)),
+        Section(key="accuracy", title="Accuracy", body=_accuracy(one)),
+        Section(key="training", title="Training", body=training_curves([found])),
+        Section(key="throughput", title="Throughput", body=throughput_curves([found], [one.clock])),
+        *_seen(one, test_data, pictures),
+        *_settings(one),
+    ]
 
 
-def _curve(lines: list[dict[str, float]], name: str) -> str:
-    """One metric over the lines that have it; nothing where none does."""
-    lines = [line for line in lines if name in line]
-    if not lines:
-        return ""
-    with mpl.rc_context({"svg.hashsalt": name, "font.size": 9}):
-        figure = Figure(figsize=(4.2, 2.6), layout="constrained")
-        axes = figure.subplots()
-        axes.plot([line["step"] for line in lines], [line[name] for line in lines], color="#2b6cb0")
-        axes.set(xlabel="step", title=CURVES[name])
-        if name != "loss":
-            axes.set_ylim(bottom=0.0)
-        axes.grid(alpha=0.3)
-        file = io.BytesIO()
-        figure.savefig(file, format="svg", metadata={"Date": None})
-    last = f"{CURVES[name]} by step, ending at {lines[-1][name]:.4g}"
-    return f'<figure><img alt="{last}" src="data:image/svg+xml;base64,{_base64(file)}"></figure>'
+def _accuracy(one: Reported) -> str:
+    return accuracy_tables(one.records, one.damaged, run=one.run.path, is_pretraining=one.run.has_head)
 
 
-def _contact_sheet(config: PretrainConfig) -> str:
-    """The views of the first images of epoch 0: a column an image, a row a view."""
-    if not Path(config.data.path).exists():
-        return f"<p>{html.escape(config.data.path)} is not here.</p>"
-    data_config = dataclasses.replace(
-        config.data,
-        loader="folder" if config.data.loader == "folder" else "ffcv",
-        photometric="ours",
-        geometry="auto",
-        num_threads=1,
-        on_error="skip",
-    )
-    data = open_data(data_config)
-    side = size_of_epoch(config.schedule, 0, config.augment.size)
-    recipe = build_recipe(dataclasses.replace(config.augment, size=side))
-    loader = build_loader(
-        dataclasses.replace(data_config, global_batch_size=min(NUM_SHOWN, data.num_samples)),
-        data,
-        Recipe(views=recipe.views),  # without the normalisation: as pictures
-        seed=config.seed,
-        rank=0,
-        world_size=1,
-        device=torch.device("cpu"),
-        dtype=torch.float32,
-        num_cores=1,
-    )
-    try:
-        batch = next(iter(loader.epoch(0)))
-    finally:
-        loader.close()
-    rows = "".join(_row_of_images(view, f"view {v} of {batch.num_images} images") for v, view in enumerate(batch.views))
+def _several(reported: Sequence[Reported], test_data: str | None, pictures: bool) -> list[Section]:
+    """The page of several runs: what can be compared first, then each by itself."""
+    runs, clocks = [one.run for one in reported], [one.clock for one in reported]
+    records, labels = [one.records for one in reported], [one.run.label for one in reported]
+    return [
+        Section(key="summary", title="Summary", body=summary_table(runs, clocks, records)),
+        Section(key="accuracy", title="Accuracy", body=compared(labels, records)),
+        Section(key="training", title="Training", body=training_curves(runs)),
+        Section(key="throughput", title="Throughput", body=throughput_curves(runs, clocks)),
+        Section(key="differences", title="Differences in configuration", body=differences_between(runs)),
+        *(
+            Section(
+                key=f"run-{i}",
+                title=one.run.label,
+                body=summary_tiles(one.run, one.clock, one.records),
+                parts=[
+                    Section(
+                        key="accuracy",
+                        title="Every evaluation",
+                        body=_accuracy(one),
+                    ),
+                    *_seen(one, test_data, pictures),
+                    *_settings(one),
+                ],
+            )
+            for i, one in enumerate(reported)
+        ),
+    ]
+
+
+def _seen(one: Reported, test_data: str | None, pictures: bool) -> list[Section]:
+    """What went into the model, and what came out of it."""
+    found = one.run
+    train_data, shown_data = data_for_pictures(found, one.records, test_data)
+    stored = stored_pictures(found, train_data, shown_data)
+    if not pictures:
+        said = missing("Left out by --no-pictures:", f"python -m tools.report {found.path}")
+        return [Section(key="pictures", title="Views, map and neighbours", body=said), *stored]
+    sheet = "" if found.config is None else contact_sheet(found.config, found.path)
+    return [
+        Section(key="views", title="What the model sees", body=sheet or missing("Its configuration cannot be read.")),
+        *look(found, one.records, test_data),
+        *stored,
+    ]
+
+
+def _settings(one: Reported) -> list[Section]:
+    found = one.run
+    inner = _inner_runs(found)
+    return [
+        *([Section(key="inner", title="Runs of its evaluations", body=inner)] if inner else []),
+        Section(key="configuration", title="Configuration", body=configuration(found)),
+        Section(key="environment", title="Environment", body=environment(found)),
+        Section(key="again", title="Train it again", body=again(found)),
+    ]
+
+
+def _inner_runs(outer: RunRecord) -> str:
+    """Networks that evaluations trained: runs in the run's own folder of results."""
+    rows = []
+    for path in sorted((outer.path / "evaluation").glob(f"*/{CONFIG_FILE}")):
+        try:
+            inner = read_run(path.parent, path.parent.name)
+        except ValueError:
+            continue
+        rows.append([inner.label, ", ".join(status(inner)), f"python -m tools.report {inner.path}"])
     return (
-        f'<figure class="sheet">{rows}<figcaption>A column an image, a row a view, as in epoch 0.</figcaption></figure>'
+        table("Fine-tuning and distillation", ["run", "status", "its own report"], rows, kind="words") if rows else ""
     )
-
-
-def _row_of_images(view: Tensor, text: str) -> str:
-    levels = (view.permute(0, 2, 3, 1) * 255).round().to(torch.uint8).numpy()
-    file = io.BytesIO()
-    Image.fromarray(np.concatenate(list(levels), axis=1)).save(file, "PNG")
-    return f'<img alt="{text}" src="data:image/png;base64,{_base64(file)}">'
-
-
-def _versions(run_dir: Path) -> str:
-    checkpoint = latest_checkpoint(run_dir)
-    if checkpoint is None:
-        return ""
-    versions: dict[str, Any] = load_checkpoint(checkpoint).versions
-    rows = "".join(f"<tr><td>{html.escape(k)}</td><td>{html.escape(v)}</td></tr>" for k, v in versions.items())
-    return f'<div class="scroll"><table>{rows}</table></div>'
-
-
-def _base64(file: io.BytesIO) -> str:
-    return base64.b64encode(file.getvalue()).decode()
 
 
 def main() -> None:
     """Parse and write."""
-    parser = argparse.ArgumentParser(prog="python -m tools.report", description="A run as one self-contained page.")
-    parser.add_argument("run", type=Path, help="the run's directory")
-    print(write_report(parser.parse_args().run))
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.report", description="A run, or several side by side, as one self-contained page."
+    )
+    parser.add_argument("run", type=Path, nargs="+", metavar="RUN", help="a run's directory")
+    parser.add_argument(
+        "--out", type=Path, help=f"the page; default: {REPORT} in RUN, or, of several runs, beside the first one"
+    )
+    parser.add_argument(
+        "--test_data",
+        help="a .beton or a folder whose images are put on the map; default: an evaluation's, or the training's",
+    )
+    parser.add_argument(
+        "--no-pictures", action="store_true", help="leave out views, map and neighbours: nothing is read but the run"
+    )
+    words = parser.parse_args()
+    with clean_termination():
+        print(write_report(*words.run, out=words.out, test_data=words.test_data, pictures=not words.no_pictures))
 
 
 if __name__ == "__main__":

@@ -1,12 +1,21 @@
-"""Files that appear under their name only when they are whole, also when the program is told to stop."""
+"""Files that appear under their name only when they are whole, and that one process at a time writes.
 
+A lock ends with its process, however that ends: what a killed one left is taken over, never in the way.
+"""
+
+import errno
+import fcntl
 import os
 import signal
 import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import BinaryIO
+
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 @contextmanager
@@ -14,25 +23,40 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
     """Opens `<path>.partial`; it is renamed to `path` if the block ends well and removed if it does not.
 
     Raises:
-        ValueError: the partial file exists, so that another process may be writing it.
+        ValueError: another process is writing it.
     """
     partial = partial_path(path)
-    try:
-        file = partial.open("x+b")
-    except FileExistsError:
-        raise ValueError(
-            f"{partial} exists: another process is writing it, or was killed; delete it if none is running"
-        ) from None
-    try:
-        with file:
+    with locked_file(partial) as file:
+        try:
+            file.truncate()
             yield file
             file.flush()
             os.fsync(file.fileno())
-        partial.replace(path)
-        _sync_folder(path.parent)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
+            partial.replace(path)
+            sync_folder(path.parent)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
+
+
+@contextmanager
+def locked_file(path: Path, *, buffering: int = -1) -> Iterator[BinaryIO]:
+    """Opens a file, made if there is none, for reading and writing; no other process opens it so meanwhile.
+
+    Args:
+        path: the file.
+        buffering: as of `open`.
+
+    Raises:
+        ValueError: another process holds it.
+    """
+    while True:
+        with os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666), "r+b", buffering) as file:
+            _lock(file, path)
+            if not _lies_at(file, path):  # who held it before renamed or removed it
+                continue
+            yield file
+            return
 
 
 def partial_path(path: Path) -> Path:
@@ -42,7 +66,7 @@ def partial_path(path: Path) -> Path:
 
 @contextmanager
 def clean_termination() -> Iterator[None]:
-    """Lets SIGTERM unwind the stack, as Ctrl-C does, so that what is half-written is removed.
+    """Lets SIGTERM unwind the stack, as Ctrl-C does, so that what is half-written is put in order.
 
     To be entered by the main thread: Python delivers signals to no other.
     """
@@ -58,10 +82,73 @@ def clean_termination() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _sync_folder(folder: Path) -> None:
+class Deferred:
+    """A signal that came and waits to be acted upon."""
+
+    def __init__(self) -> None:
+        """None has come."""
+        self._act: Callable[[], None] | None = None
+
+    def act(self) -> None:
+        """Does what the signal that came would have done at once."""
+        if self._act is not None:
+            self._act()
+
+    def catch(self, signal_number: int) -> None:
+        """Puts a signal off until `act`; a second one is acted upon at once."""
+        before = signal.getsignal(signal_number)
+        if not callable(before):
+            return
+
+        def handle(number: int, frame: FrameType | None) -> None:
+            is_second = self._act is not None
+            self._act = lambda: before(number, frame)
+            if is_second:
+                self._act()
+
+        signal.signal(signal_number, handle)
+
+
+@contextmanager
+def deferred_signals() -> Iterator[Deferred]:
+    """Puts SIGINT and SIGTERM off within the block, where they are not fatal anyway, so that no step is half done."""
+    deferred = Deferred()
+    if threading.current_thread() is not threading.main_thread():  # Python delivers signals to the main thread alone
+        yield deferred
+        return
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.getsignal(number) for number in numbers}
+    try:
+        for number in numbers:
+            deferred.catch(number)
+        yield deferred
+    finally:
+        for number in numbers:
+            signal.signal(number, before[number])
+
+
+def sync_folder(folder: Path) -> None:
     """A rename outlives a power cut only once its folder is on the disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _lock(file: BinaryIO, path: Path) -> None:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(f"{path} is being written by another process; wait for it, or choose another name") from None
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        print(f"{path}: this file system has no locks; let no other process write there", file=sys.stderr)
+
+
+def _lies_at(file: BinaryIO, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False

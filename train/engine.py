@@ -22,6 +22,7 @@ from train.optim.lars import LARS
 from train.optim.param_groups import load_state_by_name, state_by_name
 from train.optim.zero import FlatGroup, flat_groups, gather_state, partition_gradients, partition_lars, scatter_state
 from train.runtime import Ranks
+from train.stages import stage
 
 COLLECTIVE_TIMEOUT_S = 1800.0  # torch's default; a first step may compile kernels for minutes
 WATCHDOG_FIRST = 2.0  # a collective waits so many times longer than the watchdog, which can tell who is missing
@@ -160,17 +161,21 @@ class Engine:
     def _step_at_once(self, views: list[Tensor], labels: Tensor | None, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         loss, metrics, projections = self._engine(views, labels, None)
         self._observe(projections, loss)
-        self._engine.backward(loss)
-        self._guard_step(step)
-        self._engine.step()
+        with stage("backward"):
+            self._engine.backward(loss)
+        with stage("optimizer"):
+            self._guard_step(step)
+            self._engine.step()
         return loss, metrics
 
     def _step_in_micro_batches(
         self, views: list[Tensor], labels: Tensor | None, step: int
     ) -> tuple[Tensor, dict[str, Tensor]]:
         with torch.autocast(**self._autocast):
-            projections = cached_projections(self._method, views, self._micro_batch_size)
-            cached = loss_gradients(self._method, projections, labels)
+            with stage("forward"):
+                projections = cached_projections(self._method, views, self._micro_batch_size)
+            with stage("loss"):
+                cached = loss_gradients(self._method, projections, labels)
         self._observe(projections, cached.loss)
         by_piece = zip(*(torch.split(part, self._micro_batch_size) for part in cached.by_projection), strict=True)
         pieces = list(zip(micro_batches(views, self._micro_batch_size), by_piece, strict=True))
@@ -179,10 +184,13 @@ class Engine:
             given = Cotangents(list(gradients), cached.by_parameter if last else {})
             # The gradients are those of the whole batch already, not means over micro-batches. DeepSpeed's stage 0
             # divides the gradient of a forward's very output by their number all the same: so not the output itself.
-            self._engine.backward(self._engine(piece, None, given).clone(), scale_wrt_gas=False)
-            if last:
-                self._guard_step(step)
-            self._engine.step()  # the last one moves the parameters
+            output = self._engine(piece, None, given).clone()
+            with stage("backward"):
+                self._engine.backward(output, scale_wrt_gas=False)
+            with stage("optimizer"):
+                if last:
+                    self._guard_step(step)
+                self._engine.step()  # the last one moves the parameters
         return cached.loss, cached.metrics
 
     def _observe(self, projections: list[Tensor], loss: Tensor) -> None:
@@ -247,10 +255,12 @@ class _Network(nn.Module):
 
     def forward(self, views: list[Tensor], labels: Tensor | None, given: Cotangents | None) -> Any:
         """The loss, its metrics and the projections; or, where their gradients are given, the surrogate."""
-        projections = self.method.project(views)
+        with stage("forward"):
+            projections = self.method.project(views)
         if given is not None:
             return surrogate(self.method, projections, given)
-        loss, metrics = self.method.loss(projections, labels)
+        with stage("loss"):
+            loss, metrics = self.method.loss(projections, labels)
         return loss, metrics, [projection.detach() for projection in projections]
 
 

@@ -4,6 +4,9 @@
 away what was written beyond s, so that a curve has every point once. JSON has no NaN and no infinities: they are
 written as the strings "NaN", "Infinity" and "-Infinity", which `float()` reads back, as `read_metrics` does.
 
+Each line ends with `time`, when it was written, in seconds since 1970: what two runs of one configuration never share.
+`read_metrics` leaves it out; `parse_line` gives it.
+
 `metrics.jsonl` is the record; a run stops where it cannot be written. W&B and MLflow are copies: they get every line
 once, also those from before they were switched on, and where they fail the run goes on.
 """
@@ -16,6 +19,7 @@ import json
 import logging
 import math
 import os
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -32,6 +36,7 @@ from train.metric_sinks import Sink, TensorBoardSink
 logger = logging.getLogger(__name__)
 
 METRICS_FILE = "metrics.jsonl"
+TIME = "time"  # a line's own clock, no metric
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,6 +143,7 @@ class MetricsWriter:
                 resolved=resolved,
             )
         for record in records:
+            record.pop(TIME, None)
             self._track(int(record.pop("step")), record)
 
     def write(self, step: int, metrics: Mapping[str, float | Tensor]) -> None:
@@ -150,6 +156,7 @@ class MetricsWriter:
             return
         values = {name: float(value) for name, value in metrics.items()}
         record = {"step": step} | {name: _representable(value) for name, value in values.items()}
+        record[TIME] = round(time.time(), 3)
         try:
             _append(self._lines, json.dumps(record, allow_nan=False) + "\n")
             for sink in self._sinks:
@@ -198,11 +205,12 @@ class MetricsWriter:
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, float]]:
-    """All lines of a run's `metrics.jsonl`, in order; a last line that a kill cut off is left out."""
-    records = (
-        _parse(line) for line in (run_dir / METRICS_FILE).read_text(encoding="utf-8", errors="replace").splitlines()
-    )
-    return [record for record in records if record is not None]
+    """All lines of a run's `metrics.jsonl`, in order, without `time`; a last line that a kill cut off is left out."""
+    text = (run_dir / METRICS_FILE).read_text(encoding="utf-8", errors="replace")
+    records = [record for line in text.splitlines() if (record := parse_line(line)) is not None]
+    for record in records:
+        record.pop(TIME, None)
+    return records
 
 
 def _cut(path: Path, resume_step: int) -> list[dict[str, float]]:
@@ -210,7 +218,7 @@ def _cut(path: Path, resume_step: int) -> list[dict[str, float]]:
     if not path.exists():
         return []
     text = path.read_text(encoding="utf-8", errors="replace")
-    lines = [(line, record) for line in text.splitlines() if (record := _parse(line)) is not None]
+    lines = [(line, record) for line in text.splitlines() if (record := parse_line(line)) is not None]
     kept = [(line, record) for line, record in lines if record["step"] <= resume_step]
     new_text = "".join(line + "\n" for line, _ in kept)
     if new_text != text:
@@ -249,8 +257,8 @@ def _attempt(tracker: str, act: Callable[[], None]) -> bool:
     return True
 
 
-def _parse(line: str) -> dict[str, float] | None:
-    """One line's numbers, or None where the line is no whole record."""
+def parse_line(line: str) -> dict[str, float] | None:
+    """One line's numbers, `step` and perhaps `time` among them, or None where the line is no whole record."""
     try:
         record = json.loads(line)
         step = record.pop("step")

@@ -55,6 +55,7 @@ from train.runtime import (
     read_ranks,
 )
 from train.schedule import num_warmup_steps, size_of_epoch
+from train.starts import record_start
 from train.teacher import check_teacher, load_teacher
 from train.watchdog import Watchdog
 
@@ -88,13 +89,13 @@ def train(config: PretrainConfig, interruption: Interruption) -> None:
         UnfitEnvironment: this machine lacks something.
         RunStopped: the run did not come to its end.
     """
-    checked = _check(config, read_ranks())
-    _set_up_machine(checked)
-    with closing(_build_loaders(checked)) as loaders:
+    checked = check(config, read_ranks())
+    set_up_machine(checked)
+    with closing(build_loaders(checked)) as loaders:
         _train(checked, loaders, interruption)
 
 
-def _check(config: PretrainConfig, ranks: Ranks) -> Checked:
+def check(config: PretrainConfig, ranks: Ranks) -> Checked:
     """Refuse what cannot run."""
     data = open_data(config.data)
     check_batch_size(config.data.global_batch_size, ranks.world_size, data.num_samples)
@@ -123,7 +124,8 @@ def _check(config: PretrainConfig, ranks: Ranks) -> Checked:
     )
 
 
-def _set_up_machine(checked: Checked) -> None:
+def set_up_machine(checked: Checked) -> None:
+    """Threads, memory and arithmetic of this process, as the run asks for them."""
     train = checked.config.train
     torch.set_num_threads(train.cpu_threads or cores_per_rank(checked.ranks))
     if checked.device.type == "cpu":
@@ -136,7 +138,13 @@ def _set_up_machine(checked: Checked) -> None:
         torch.backends.cudnn.allow_tf32 = False  # torch's default would compute convolutions with 10 bits
 
 
-def _build_loaders(checked: Checked) -> EpochLoaders:
+def build_loaders(checked: Checked) -> EpochLoaders:
+    """The loaders of this rank's batches.
+
+    Raises:
+        ValueError: the data do not fit the loader, or the memory.
+        UnfitEnvironment: the loader's package is missing.
+    """
     config, ranks = checked.config, checked.ranks
 
     def build(side: int) -> Loader:
@@ -163,7 +171,7 @@ def _build_loaders(checked: Checked) -> EpochLoaders:
 
 def _train(checked: Checked, loaders: EpochLoaders, interruption: Interruption) -> None:
     config, ranks, timeout_s = checked.config, checked.ranks, checked.config.train.hang_timeout_s
-    method = _build_method(config)
+    method = initial_method(config)
     init_process_group(checked.device, timeout_s)
     preflight(ranks, config=config, data_identity=loaders.identity())
     claim_run_dir(config)
@@ -174,7 +182,7 @@ def _train(checked: Checked, loaders: EpochLoaders, interruption: Interruption) 
     ):
         try:
             watchdog.beat(0, "building the engine")
-            engine = _build_engine(config, method, ranks, checked.device)
+            engine = build_engine(config, method, ranks, checked.device)
             observation = Observation(
                 config,
                 method,
@@ -200,6 +208,8 @@ def _train(checked: Checked, loaders: EpochLoaders, interruption: Interruption) 
             watchdog.beat(0, "resuming")
             pretraining.restore()
             pretraining.check_ranks_agree()
+            if ranks.rank == 0 and pretraining.step < pretraining.total_steps:
+                record_start(config.run_dir, ranks, checked.device, step=pretraining.step)
             pretraining.run()
         except RuntimeError as error:
             # A collective tells that some rank is gone, not which.
@@ -209,7 +219,7 @@ def _train(checked: Checked, loaders: EpochLoaders, interruption: Interruption) 
             raise explained from error
 
 
-def _build_method(config: PretrainConfig) -> Method:
+def initial_method(config: PretrainConfig) -> Method:
     """With the weights that a new run starts from, on the CPU."""
     method = build_method(config.model, config.seed)
     if config.train.initial_encoder is not None and latest_checkpoint(config.run_dir) is None:
@@ -219,7 +229,8 @@ def _build_method(config: PretrainConfig) -> Method:
     return method
 
 
-def _build_engine(config: PretrainConfig, method: Method, ranks: Ranks, device: torch.device) -> Engine:
+def build_engine(config: PretrainConfig, method: Method, ranks: Ranks, device: torch.device) -> Engine:
+    """The engine that trains `method`, which it moves to the device. All ranks must call; the process group exists."""
     train, optim = config.train, config.optim
     set_group(method, groups_of(config.model.norm_group_size, collective_timeout(train.hang_timeout_s)))
     if train.activation_checkpointing:

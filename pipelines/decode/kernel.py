@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from native.compiled import source_hash
 from pipelines import draw_numba
 from pipelines.beton_layout import MODE_RAW
+from pipelines.decode.clock import CROP, DECODE, ELSEWHERE, PHOTOMETRIC, tick
 from pipelines.decode.resample import pack, resized_crop, unpack
 from pipelines.decode.rows import keep_rows
 from pipelines.decode.turbojpeg import (
@@ -40,6 +41,7 @@ OK, REFUSED, BAD_HEADER, WRONG_SIZE = 0, 1, 2, 3
 
 SOURCES = (
     "pipelines.decode.kernel",
+    "pipelines.decode.clock",
     "pipelines.decode.turbojpeg",
     "pipelines.decode.resample",
     "pipelines.decode.rows",
@@ -255,6 +257,7 @@ def render_kernel() -> Callable[..., tuple[int, int]]:
         layout,
         coloring,
         out,
+        clock,
     ):
         """Draw, decode and write the views of positions [begin, end) of a batch.
 
@@ -274,12 +277,15 @@ def render_kernel() -> Callable[..., tuple[int, int]]:
             layout: `Layout`.
             coloring: `Coloring`: `out` gets finished views; or None: `out` gets crops.
             out: flat; float32 for finished views, uint8 for crops; written.
+            clock: `Clock` of `pipelines.decode.clock`, which adds up what each part takes; or None.
 
         Returns:
             `end` and OK; or the position of the first sample that could not be decoded, and why.
         """
         _ = version  # in the closure, and so in the key of Numba's cache
         for i in range(begin, end):
+            if clock is not None:
+                tick(clock, ELSEWHERE)
             draw(table, epoch_key, samples[i], source.widths[samples[i]], source.heights[samples[i]], params[i])
             reduction = 1
             if scaled and source.modes[samples[i]] != MODE_RAW:
@@ -288,12 +294,16 @@ def render_kernel() -> Callable[..., tuple[int, int]]:
             status, image = decode(source, samples[i], reduction, top, bottom, turbojpeg, handles, scratch)
             if status != OK and not (status == REFUSED and tolerant):
                 return i, status
+            if clock is not None:
+                tick(clock, DECODE)
             for v in range(layout.sizes.size):
                 size, view = layout.sizes[v], params[i, v]
                 num = size * size * 3
                 start = layout.offsets[v] + i * layout.strides[v]
                 target = out[start : start + num].reshape(size, size, 3)
                 _crop(image, layout.filters[v], view, reduction, size, scratch)
+                if clock is not None:
+                    tick(clock, CROP)
                 if coloring is None:
                     unpack(scratch.packed, target.reshape(-1))
                 else:
@@ -308,6 +318,8 @@ def render_kernel() -> Callable[..., tuple[int, int]]:
                         coloring.std,
                         target,
                     )
+                if clock is not None:
+                    tick(clock, CROP if coloring is None else PHOTOMETRIC)
         return end, OK
 
     return render  # type: ignore[no-any-return]

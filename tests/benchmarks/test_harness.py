@@ -1,23 +1,33 @@
 """The harness measures what it says: speed, CPU time, memory; and a contestant that fails is named."""
 
+import ast
+import contextlib
+import importlib.metadata
 import json
+import os
 import re
+import shlex
 import subprocess
 import sys
-from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
+from PIL import Image
 
-from benchmarks.conftest import OPTIONAL_MODULES, is_installed, link_images
+from benchmarks.conftest import OPTIONAL_MODULES, QUICK_SHARE, Bench, Settings, is_installed, pytest_configure
 from benchmarks.contestant import Contestant, ContestantFailed, Turn, WarmUp
-from benchmarks.harness import Floor, Race, pooled, race, write_json
+from benchmarks.environment import command, driver_version, environment
+from benchmarks.harness import Floor, Race, pooled, race
+from benchmarks.image_sets import link_images, make_images
+from benchmarks.results import read_results, write_results
 from benchmarks.startup import startup_race
 from tests.benchmarks import contestants
 from tests.pipelines.betons import natural_image
 
 ROOT = Path(__file__).parents[2]
-ROW_KEYS = ["work", "contestant", "median", "unit", "spread", "cpu_s_per_item", "peak_mib", "repeats"]
+ROW_KEYS = ["work", "contestant", "median", "unit", "spread", "cpu_s_per_item", "peak_mib", "repeats", "gpu_peak_mib"]
 
 
 def run_race(*setups, seconds=0.05, rounds=3):
@@ -72,7 +82,15 @@ def test_medians_spread_and_ratios_by_hand():
     # Round by round: 4, 2, 4/3, 3, 2.
     assert images.ratio("ours", "theirs") == pytest.approx(2.0)
     assert seconds.ratio("theirs", "ours") == pytest.approx(0.5)
-    images.require("ours", {"theirs": Floor(speed=1.9, goal=9, memory=0.07)})
+    floor = Floor(speed=1.9, goal=9, memory=0.07)
+    (ratio,) = images.ratios({"theirs": floor})
+    # Of 4/3, 2, 2, 3, 4 the quartiles are 2 and 3.
+    assert (ratio.work, ratio.first, ratio.second, ratio.rounds) == ("w", "ours", "theirs", 5)
+    assert (ratio.ratio, ratio.spread, ratio.memory) == (pytest.approx(2.0), pytest.approx(0.5), pytest.approx(1 / 15))
+    assert (ratio.floor, ratio.goal, ratio.memory_limit) == (1.9, 9, 0.07)
+    assert images.against("theirs", "ours").ratio == pytest.approx(0.5)
+    assert images.against("theirs", "ours").goal is None
+    images.require("ours", {"theirs": floor})
     with pytest.raises(AssertionError, match=re.escape("w: ours is 2.00 times as fast as theirs, floor 2.1")):
         images.require("ours", {"theirs": Floor(speed=2.1, goal=9)})
     with pytest.raises(AssertionError, match=re.escape("ours is at 0.067 of the memory of theirs, at most 0.05")):
@@ -143,8 +161,12 @@ def test_any_folder_of_images_gives_rows_for_machines(tmp_path):
     short = ["--bench-workers", "1", "--bench-rounds", "2", "--bench-seconds", "0.01"]
     result = subprocess.run([*command, *options, *short], check=False, capture_output=True, text=True, cwd=ROOT)
     assert result.returncode == 0, result.stdout + result.stderr
-    (row,) = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    written = json.loads((tmp_path / "rows.json").read_text())
+    (row,) = written["rows"]
     assert list(row) == ROW_KEYS
+    assert written["command"].endswith(shlex.join([*command[1:], *options, *short]))
+    assert written["settings"]["rounds"] == 2
+    assert written["images"] == ["334 of --bench-data"]
     assert (row["work"], row["contestant"]) == ("crop224_workers1", "twinview")
     assert (row["unit"], row["repeats"]) == ("images/s", 2)
     assert row["median"] > 0
@@ -162,9 +184,6 @@ def test_images_are_taken_equally_from_all_classes(tmp_path):
     assert all(path.read_text() == path.relative_to(tmp_path / "links").as_posix() for path in links)
     link_images(source / "b", tmp_path / "flat", 1)
     assert [path.name for path in (tmp_path / "flat").iterdir()] == ["1.jpg"]
-    absent = tmp_path / "absent"
-    with pytest.raises(pytest.UsageError, match=f"--bench-data must be a folder of images, found none at {absent}"):
-        link_images(absent, tmp_path / "none", 1)
 
 
 def test_what_a_contestant_lacks_is_said_in_one_line(monkeypatch, capsys):
@@ -175,30 +194,142 @@ def test_what_a_contestant_lacks_is_said_in_one_line(monkeypatch, capsys):
     assert capsys.readouterr().out.split("\n") == ["", expected, ""]
 
 
-def test_rows_and_environment_are_written(tmp_path):
-    turns = {"ours": [Turn(items=1, seconds=0.5, cpu_seconds=0.25)]}
-    result = Race(work="w", unit="s", warm_ups={"ours": WarmUp(peak_mib=1.0, items_per_turn=1)}, turns=turns)
-    write_json(tmp_path / "rows.json", result.rows())
-    written = json.loads((tmp_path / "rows.json").read_text())
-    assert [list(row) for row in written["rows"]] == [ROW_KEYS]
-    assert written["rows"] == [asdict(row) for row in result.rows()]
-    assert written["environment"]["cores"] >= 1
-    assert re.fullmatch(r"[0-9a-f]{40}(-dirty)?|unknown", written["environment"]["commit"])
+def judged(quick, ours=1.0, theirs=2.0):
+    """A session in which ours took so many seconds, and its floor of 3 was missed or not."""
+    bench = Bench(Settings(workers=1, rounds=1, seconds=0.1, images=1, quick=quick))
+    turns = {name: [Turn(items=1, seconds=s, cpu_seconds=s)] for name, s in (("ours", ours), ("theirs", theirs))}
+    warm_ups = {name: WarmUp(peak_mib=0.5, items_per_turn=1) for name in turns}
+    bench.record("w", {"accuracy": 0.9})
+    with contextlib.suppress(AssertionError):
+        bench.judge(Race(work="w", unit="s", warm_ups=warm_ups, turns=turns), {"theirs": Floor(speed=3, goal=4)})
+        bench.record("w", {"passed": True})
+    return bench.results()
 
 
-def test_every_benchmark_is_found_and_takes_the_options(tmp_path):
-    command = [sys.executable, "-m", "pytest", "benchmarks", "--collect-only", "-q", "-p", "no:cacheprovider"]
-    options = ["--bench-data", str(tmp_path), "--bench-json", str(tmp_path / "rows.json")]
-    result = subprocess.run([*command, *options], check=False, capture_output=True, text=True, cwd=ROOT)
-    assert result.returncode == 0, result.stdout + result.stderr
-    for name in (
-        "crop224",
-        "simclr224",
-        "simclr32",
-        "startup",
-        "scaling[crop224]",
-        "ntxent[1024]",
-        "ntxent[4096]",
-        "resnet50",
-    ):
-        assert f"::test_{name}\n" in result.stdout
+def test_what_was_found_is_kept_also_when_a_floor_is_missed(tmp_path):
+    results = judged(quick=False)
+    assert results.figures == {"w": {"accuracy": 0.9}}
+    assert [row.contestant for row in results.rows] == ["ours", "theirs"]
+    (ratio,) = results.ratios
+    assert (ratio.ratio, ratio.floor, ratio.goal, ratio.memory) == (2.0, 3, 4, None)
+    write_results(tmp_path / "rows.json", results)
+    assert read_results(tmp_path / "rows.json") == results
+
+
+def test_a_quick_run_asserts_a_share_of_the_floors():
+    assert QUICK_SHARE * 3 < 2
+    results = judged(quick=True)
+    assert results.figures == {"w": {"passed": True}}
+    assert results.ratios[0].floor == pytest.approx(QUICK_SHARE * 3)
+    assert judged(quick=True, theirs=1.0).figures == {"w": {"accuracy": 0.9}}
+
+
+def test_the_environment_tells_device_versions_and_commit():
+    about = environment()
+    assert about["cores"] == len(os.sched_getaffinity(0))
+    assert about["torch"] == torch.__version__.partition("+")[0]
+    assert about["device"]
+    assert re.fullmatch(r"[0-9a-f]{40}(-dirty)?|unknown", about["commit"])
+    assert ("gpus" in about) == ("driver" in about) == torch.cuda.is_available()
+    json.dumps(about)
+
+
+@pytest.mark.parametrize(
+    ("text", "version"),
+    [
+        (
+            "NVRM version: NVIDIA UNIX x86_64 Kernel Module  550.54.15  Tue Mar  5 22:23:56 UTC 2024\nGCC 12.2.0 ",
+            "550.54.15",
+        ),
+        ("NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  570.124.06  Release Build  (x)\n", "570.124.06"),
+        ("", "unknown"),
+    ],
+)
+def test_the_driver_is_read_from_what_it_tells(text, version):
+    assert driver_version(text) == version
+
+
+def test_the_command_can_be_typed_again(monkeypatch):
+    python = f"{ROOT}/.venv/bin/python"
+    monkeypatch.setattr(sys, "orig_argv", [python, "-m", "pytest", f"{ROOT}/benchmarks", "-k", "a b"])
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {1, 0})
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    for name in ("GOMP_SPINCOUNT", "NUMBA_NUM_THREADS", "CUDA_VISIBLE_DEVICES"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("TWINVIEW_DATA", "/home/me/data")
+    told = "taskset --cpu-list 0,1 python -m pytest benchmarks -k 'a b'"
+    assert command() == f'OMP_NUM_THREADS=1 TWINVIEW_DATA="$TWINVIEW_DATA" {told}'
+
+
+def test_images_are_made_where_none_are_given(tmp_path):
+    for archive, size in (("imagenet-sample.tar", (500, 375)), ("cifar10.tar.xz", (32, 32))):
+        for again in ("a", "b"):
+            make_images(archive, tmp_path / again / archive, 6)
+        paths = sorted((tmp_path / "a" / archive).rglob("*.jpg"))
+        assert len(paths) == 6
+        assert len({path.parent.name for path in paths}) == 2
+        assert len({path.read_bytes() for path in paths}) == 6
+        for path in paths:
+            with Image.open(path) as image:
+                assert image.size == size
+            assert path.read_bytes() == (tmp_path / "b" / path.relative_to(tmp_path / "a")).read_bytes()
+
+
+def test_peers_are_installed_from_the_requirements():
+    """Whatever a peer imports is ours, torch's, or named for the benchmarks or for users."""
+    files = ("requirements-bench.txt", "requirements.txt")
+    lines = [line for file in files for line in (ROOT / file).read_text().splitlines()]
+    named = {re.match(r"[\w-]+", line)[0].lower() for line in lines if re.match(r"\w", line)}
+    modules = set()
+    for path in (ROOT / "benchmarks" / "peers").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                modules |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                modules.add(node.module.partition(".")[0])
+    distributions = importlib.metadata.packages_distributions()
+    foreign = modules - set(sys.stdlib_module_names) - {"benchmarks", "pipelines", "model", "train", "native"}
+    assert foreign >= {"lightly", "ffcv", "nvidia", "torchvision"}
+    assert {module for module in foreign if not named & {name.lower() for name in distributions[module]}} == set()
+    assert set(OPTIONAL_MODULES.values()) <= foreign
+
+
+class Collected:
+    """The tests that a session would run."""
+
+    def pytest_collection_finish(self, session):
+        self.names = {item.name.removeprefix("test_") for item in session.items}
+
+
+def collected(*options):
+    session = Collected()
+    arguments = ["--collect-only", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *options]
+    assert pytest.main([str(ROOT / "benchmarks"), *arguments], plugins=[session]) == 0
+    return session.names
+
+
+def test_every_benchmark_is_found_and_a_quick_run_takes_the_most_telling_ones(tmp_path):
+    everything = collected("--bench-data", str(tmp_path), "--bench-json", str(tmp_path / "rows.json"))
+    quick = collected("--bench-quick")
+    telling = {"crop224", "simclr224", "simclr32", "ntxent[1024]", "resnet50", "rows[1]"}
+    assert telling <= quick < everything
+    slow = {"startup", "scaling[crop224]", "ntxent[4096]", "ntxent_large[8192-None]", "checkpoint", "scaled"}
+    assert slow <= everything - quick
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "complaint"),
+    [
+        ("--bench-data", "absent", "--bench-data must be a folder of images, found none at absent"),
+        ("--bench-json", "absent/rows.json", "--bench-json must be a file in a folder that exists, got absent/rows"),
+        ("--bench-json", "benchmarks", "--bench-json must be a file in a folder that exists, got benchmarks"),
+    ],
+)
+def test_paths_are_refused_before_anything_is_measured(option, value, complaint):
+    config = SimpleNamespace(
+        addinivalue_line=lambda *line: None,
+        getoption=lambda name: Path(value) if name == option else None,
+    )
+    with pytest.raises(pytest.UsageError, match=re.escape(complaint)):
+        pytest_configure(config)

@@ -1,10 +1,8 @@
 """Contestants that do not fit in memory together race in pairs, alone, or not at all, and it is said why."""
 
-from types import SimpleNamespace
-
 import pytest
 
-from benchmarks.conftest import Bench
+from benchmarks.conftest import Bench, Settings
 from benchmarks.contestant import Contestant
 from benchmarks.harness import Floor
 from benchmarks.heats import PROCESS_MIB, heats, needed_mib
@@ -68,8 +66,7 @@ def test_without_ours_the_others_still_give_rows():
 
 
 def test_rows_of_who_could_race_and_a_line_for_who_could_not(capsys):
-    options = {"--bench-workers": 1, "--bench-rounds": 3, "--bench-seconds": 0.01}
-    bench = Bench(SimpleNamespace(getoption=options.__getitem__))
+    bench = Bench(Settings(workers=1, rounds=3, seconds=0.01, images=1))
     free = free_host_memory() / 2**20
     held = {"ours": 0.0, "a": 0.6 * free, "b": 0.6 * free, "huge": 9 * free}  # none of it is really taken
     entrants = [

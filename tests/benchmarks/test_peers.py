@@ -9,6 +9,7 @@ from PIL import Image
 
 from benchmarks.bench_pipelines import CONTESTANTS, WORKS
 from benchmarks.conftest import OPTIONAL_MODULES
+from benchmarks.contestant import PRELOADED
 from benchmarks.peers.jpeg_decode import jpeg_decode
 from benchmarks.peers.stored_images import TwoViews
 from tests.benchmarks import contestants
@@ -111,7 +112,7 @@ def stored(folder, images):
 def views_in_a_process(path, name, works):
     """A process of its own for each contestant, as in the benchmarks, and for the same reasons."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch"])
+    context.set_forkserver_preload(list(PRELOADED))
     arguments = {work: (beton, augment, BATCH_SIZE, 2) for work, (beton, augment) in works.items()}
     target = contestants.save_views
     process = context.Process(target=target, args=(path, CONTESTANTS[name], arguments, NUM_IMAGES))

@@ -2,6 +2,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -18,8 +19,10 @@ from PIL import Image
 from pipelines.beton import MODE_JPEG, MODE_RAW, open_beton
 from pipelines.manifest import load_manifest
 from tests.tools.ugly_images import KEPT, jpeg, picture, saved, unusable_files, usable_files
-from tools import convert as convert_module
+from tools import convert_output
 from tools.convert import convert, quarantine_path
+from tools.convert_journal import open_journal
+from tools.convert_progress import read_progress
 from tools.image_encoding import EncodeOptions, encode_image, shrink
 
 
@@ -288,34 +291,31 @@ class TestFiles:
         def full_disk(writer):
             raise OSError(28, "No space left on device")
 
-        monkeypatch.setattr(convert_module.BetonWriter, "finish", full_disk)
-        with pytest.raises(OSError, match="No space left"):
-            convert(root, dest, EncodeOptions(encode="raw"), workers=1, force=True)
-        assert {path: path.read_bytes() for path in tmp_path.glob("x*")} == before
+        with monkeypatch.context() as patch:
+            patch.setattr(convert_output.BetonWriter, "finish", full_disk)
+            with pytest.raises(OSError, match="No space left on device, after 6 of 6 files; what was done is kept"):
+                convert(root, dest, EncodeOptions(encode="raw"), workers=1, force=True)
+        assert {path: path.read_bytes() for path in before} == before
+        left = {tmp_path / f"x.beton.{suffix}" for suffix in ("journal", "partial")}
+        assert {*tmp_path.glob("x*")} == {*before, *left}
+        convert(root, dest, EncodeOptions(encode="raw"), workers=1, force=True)
+        assert {*tmp_path.glob("x*")} == {*before}
+        assert set(open_beton(dest).modes.tolist()) == {MODE_RAW}
 
     def test_bad_destinations_are_refused_before_any_work(self, tmp_path):
         root = write_folder(tmp_path / "source", photos())
         (tmp_path / "folder.beton").mkdir()
-        (tmp_path / "busy.beton.partial").touch()
         for dest, expected in [
             (tmp_path / "x.ffcv", "must be named *.beton"),
             (tmp_path / "no" / "x.beton", "folder"),
             (root / "x.beton", "inside the source folder"),
             (root / "class0" / "x.beton", "inside the source folder"),
             (tmp_path / "folder.beton", "is a folder"),
-            (
-                tmp_path / "busy.beton",
-                "busy.beton.partial exist: another conversion is writing, or was killed; delete",
-            ),
         ]:
             with pytest.raises(ValueError) as caught:
                 convert(root, dest, EncodeOptions(), workers=1)
             assert expected in str(caught.value)
-        assert sorted(path.name for path in tmp_path.iterdir()) == [
-            "busy.beton.partial",
-            "folder.beton",
-            "source",
-        ]
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["folder.beton", "source"]
         with pytest.raises(ValueError, match="`workers` must be at least 1, got 0"):
             convert(root, tmp_path / "x.beton", EncodeOptions(), workers=0)
 
@@ -349,7 +349,7 @@ class TestCommand:
         assert again.stderr == f"error: {dest} exists; pass --force to replace it, or choose another name\n"
 
     @pytest.mark.parametrize(("stop", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-    def test_stopped_midway_it_leaves_nothing_behind(self, tmp_path, stop, code):
+    def test_stopped_midway_it_keeps_what_was_done_and_the_old_file(self, tmp_path, stop, code):
         """A 12-megapixel photo under many names keeps one worker busy; it is stopped while writing."""
         root, dest = (
             write_folder(tmp_path / "source", {"0.jpg": jpeg(picture(3000, 4000))}),
@@ -380,10 +380,14 @@ class TestCommand:
                 time.sleep(0.02)
             process.send_signal(stop)
             assert process.wait() == code
-            assert "Traceback" not in process.stderr.read()
+            *_, told = process.stderr.read().splitlines()
+            num_done = int(re.fullmatch(r"stopped after (\d+) of 2000 files; the same command goes on", told)[1])
         finally:
             process.kill()
             process.wait()
             process.stderr.close()
-        assert sorted(path.name for path in tmp_path.iterdir()) == ["source", "x.beton"]
+        left = ["source", "x.beton", "x.beton.journal", "x.beton.partial"]
+        assert sorted(path.name for path in tmp_path.iterdir()) == left
         assert dest.read_bytes() == b"the older one"
+        with open_journal(tmp_path / "x.beton.journal") as journal:
+            assert read_progress(journal).next_index == num_done > 0

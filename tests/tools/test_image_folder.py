@@ -81,7 +81,7 @@ def test_folders_that_cannot_be_converted_are_refused_in_one_line(folder, tmp_pa
     assert f"found none at {tmp_path / 'nowhere'}" in refusal(tmp_path / "nowhere")
     assert "found a file at" in refusal(root / "a" / "1.jpg")
     (root / "loose.png").touch()
-    assert "found both (folder 'a', image 'loose.png'); move" in refusal(root)
+    assert "found both (folder 'a', image 'loose.png'); pass --unlabelled" in refusal(root)
     (root / "loose.png").unlink()
     (root / "b").mkdir()
     assert f"class folder {root / 'b'} must hold images, found 0 other files" in refusal(root)

@@ -10,8 +10,10 @@ import pytest
 from PIL import Image
 
 from pipelines.beton import MODE_JPEG, MODE_RAW, open_beton
+from tests.tools.test_convert_shards import PAGE, RAW, SHARD, make_source
 from tests.tools.ugly_images import jpeg, picture
-from tools.convert import convert
+from tools.convert import convert, convert_images
+from tools.convert_places import Places
 from tools.image_encoding import EncodeOptions, shrink
 
 SIZES = {
@@ -34,6 +36,12 @@ def exchanged(tmp_path_factory):
             path.write_bytes(jpeg(np.roll(picture(*size), i, axis=2)))
         for encode in ("jpeg", "keep", "raw"):
             convert(folder / kind, folder / f"{kind}_{encode}.beton", EncodeOptions(encode=encode), workers=2)
+    convert_images(
+        make_source(folder / "large"),
+        Places(dest=folder / "large.shards.json", shard_size=SHARD, page_size=PAGE),
+        RAW,
+        workers=2,
+    )
     # FFCV warns on import and hangs rather than fails: hence no filters, and a limit.
     command = [sys.executable, "-W", "ignore", "-m", "tests.tools.stock_ffcv", str(folder)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
@@ -61,6 +69,17 @@ def test_its_reader_reads_our_tables(exchanged, name):
     if name != "varied_keep":
         sizes = [(h, w) if max(h, w) <= 500 else (h * 500 // max(h, w), w * 500 // max(h, w)) for h, w in sizes]
     assert list(zip(image["height"].tolist(), image["width"].tolist(), strict=True)) == sizes
+
+
+def test_its_reader_reads_each_shard(exchanged):
+    folder, found = exchanged
+    for i in range(3):
+        name = f"large-{i:05d}"
+        beton = open_beton(folder / f"{name}.beton")
+        image, labels = found[f"{name}.metadata"]["f0"], found[f"{name}.metadata"]["f1"]
+        assert labels.tolist() == beton.labels.tolist() == ([0, 0, 1][i : i + 1] * 4)
+        assert (image["data_ptr"].tolist(), image["width"].tolist()) == (beton.offsets.tolist(), [600] * 4)
+        assert found[f"{name}.page_size"] == PAGE
 
 
 @pytest.mark.parametrize("name", ["same_jpeg", "same_keep", "same_raw", "pages"])

@@ -150,10 +150,10 @@ def test_files_that_came_or_went_are_found(mine):
     (source / "c").mkdir()
     (source / "c" / "new.png").write_bytes(FILES["a/1.png"])
     assert problems(mine / "jpeg.beton", source) == [
-        f"{source} has the classes ['a', 'b', 'c'], the manifest ['a', 'b']",
-        "'a/9.jpg' is in the folder, but not in the manifest",
-        "'c/new.png' is in the folder, but not in the manifest",
-        "'a/0.jpg' is in the manifest, but not in the folder",
+        "the images have the classes ['a', 'b', 'c'], the manifest ['a', 'b']",
+        "'a/9.jpg' is among the images, but not in the manifest",
+        "'c/new.png' is among the images, but not in the manifest",
+        "'a/0.jpg' is in the manifest, but not among the images",
     ]
 
 

@@ -2,18 +2,23 @@
 
 import json
 import math
+import re
 import resource
+import time
 from contextlib import contextmanager
 
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from train.metrics import METRICS_FILE, MetricsWriter, read_metrics
+from train.metrics import METRICS_FILE, MetricsWriter, parse_line, read_metrics
 
 
 def lines(run_dir):
-    return (run_dir / METRICS_FILE).read_text().splitlines()
+    """Those of the file, without their time."""
+    return [
+        re.sub(r', "time": \d+\.\d{1,3}}$', "}", line) for line in (run_dir / METRICS_FILE).read_text().splitlines()
+    ]
 
 
 def curve(run_dir, name):
@@ -36,6 +41,17 @@ def test_the_same_numbers_reach_both_files(tmp_path):
         {"step": 2, "loss": 4.25, "lr": 3.0},
     ]
     assert curve(run_dir, "loss") == [(1, 5.5), (2, 4.25)]
+
+
+def test_each_line_ends_with_the_time_at_which_it_was_written(tmp_path):
+    before = time.time()
+    with MetricsWriter(tmp_path) as writer:
+        writer.write(1, {"loss": 5.5})
+    (line,) = (tmp_path / METRICS_FILE).read_text().splitlines()
+    record = parse_line(line)
+    assert list(record) == ["step", "loss", "time"]
+    assert before - 1e-3 <= record["time"] <= time.time() + 1e-3
+    assert read_metrics(tmp_path) == [{"step": 1, "loss": 5.5}]
 
 
 def test_numbers_that_json_lacks_are_strings_that_float_reads(tmp_path):
