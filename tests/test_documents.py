@@ -23,8 +23,8 @@ TOOLS = ("convert", "verify", "inspect_beton", "preview", "export", "extract", "
 TOOLS += ("profile_throughput", "plan", "report")
 OPTION = r"(?<![\w*-])--[\w.-]*\w"
 FOREIGN_OPTIONS = {"--num_gpus", "--nproc_per_node", "--local_rank", "--bench-json"}
-FOREIGN_OPTIONS |= {"--hostfile", "--nnodes", "--time", "--signal"}
-"""Of launchers, Slurm and pytest, where a sentence names them."""
+FOREIGN_OPTIONS |= {"--hostfile", "--nnodes", "--time", "--signal", "--gpus", "--ipc"}
+"""Of launchers, Slurm, Docker and pytest, where a sentence names them."""
 
 documents = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 
@@ -72,8 +72,9 @@ def test_every_link_leads_to_a_file(document):
 
 @documents
 def test_every_path_exists(document):
-    folders = "|".join((*PACKAGES, "tests", "configs", "docs", r"\.ci"))
-    for path in re.findall(rf"(?<![\w./-])(?:{folders})/[\w./:-]*\w", document.read_text()):
+    text, folders = document.read_text(), "|".join((*PACKAGES, "tests", "configs", "docs", r"\.ci"))
+    added = set(re.findall(r"^`([\w/.]+\.py)`:\n\n```python$", text, re.MULTILINE))  # the guide's own files
+    for path in set(re.findall(rf"(?<![\w./-])(?:{folders})/[\w./:-]*\w", text)) - added:
         file, *names = path.split("::")
         assert (ROOT / file).exists(), path
         for name in names:

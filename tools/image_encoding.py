@@ -45,7 +45,7 @@ class EncodeOptions:
     quality: int = 90
     """JPEG quality of what is re-encoded."""
     colors: Colors = "stored"
-    """stored: the numbers in the file, as torchvision and the published pipelines take them; srgb: what is re-encoded or
+    """stored: the numbers in the file, as torchvision and published pipelines take them; srgb: what is re-encoded or
     raw is converted from its RGB profile."""
 
     def __post_init__(self) -> None:

@@ -35,18 +35,28 @@ METHODS = (
     "send",
     "recv",
     "barrier",
+    "gather",
+    "scatter",
+    "recv_anysource",
+    "all_gather_single",
+    "all_gather_single_coalesced",
+    "all_to_all_single",
+    "gather_single",
+    "reduce_scatter_single",
+    "reduce_scatter_single_coalesced",
 )
-"""Of a process group; every collective of `torch.distributed` is one of them."""
+"""Of a process group; every collective of `torch.distributed` is one of them. Not each version of torch has all."""
 
 
 @contextmanager
 def communication_named() -> Iterator[None]:
     """Meanwhile, every call of a process group and every wait for one is the stretch `communication`."""
-    places: list[tuple[Any, str]] = [(dist.ProcessGroup, name) for name in METHODS if hasattr(dist.ProcessGroup, name)]
+    places: list[tuple[Any, str]] = [(dist.ProcessGroup, name) for name in METHODS if name in vars(dist.ProcessGroup)]
     places.append((dist.Work, "wait"))
-    before = [(owner, name, getattr(owner, name)) for owner, name in places]
-    for owner, name, method in before:
-        setattr(owner, name, _named(method))
+    # As the classes hold them: what `getattr` gives of a compiled method is no method any more.
+    before = [(owner, name, vars(owner)[name]) for owner, name in places]
+    for owner, name in places:
+        setattr(owner, name, _named(getattr(owner, name)))
     try:
         yield
     finally:

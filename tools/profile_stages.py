@@ -30,7 +30,7 @@ from tools.profile_communication import COMMUNICATION, communication_named
 from tools.profile_loader import LoaderBench, loader_times, run_batches, seconds_alone, touch
 from tools.profile_memory import activation_bytes_per_image, flops_per_image, peak_bytes, reset_peak, state_bytes
 from tools.profile_results import STAGES, Profile, Stage, rate
-from tools.profile_step import PARTS, Stepper, slowest_rank
+from tools.profile_step import PARTS, Stepper, slowest_rank, steps_in
 from train.config import PretrainConfig, resolved_dict
 from train.engine import init_process_group
 from train.metrics import LogConfig
@@ -41,6 +41,7 @@ from train.runtime import cores_per_rank, package_versions, read_ranks
 
 ROOT = Path(__file__).resolve().parents[1]
 KEPT_BATCHES = 2  # that the step is fed from
+PATIENCE = 3.0  # times as long as was asked for: then a machine that has become slower is measured as far as it is
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,9 +142,9 @@ def _measure(checked: Checked, loader: Loader, settings: ProfileSettings) -> _Fo
     engine.barrier()
     kept = _keep(loader)
     num_steps = stepper.number_of_steps(kept[0], settings.seconds / 2)
-    whole, parts = stepper.measure(kept, num_steps)
+    whole, parts = stepper.measure(kept, num_steps, PATIENCE * settings.seconds)
     with closing(run_batches(loader)) as batches:
-        together, waited = stepper.together(batches, 2 * num_steps)
+        together, waited = stepper.together(batches, steps_in(settings.seconds, whole, device, most=2 * num_steps))
     counts = _counts(checked, stepper, kept[0], stored_bytes)
 
     times |= _step_times(parts, ranks.world_size)

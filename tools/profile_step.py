@@ -8,6 +8,8 @@ On a GPU the moments are events on its stream, which nobody waits for before the
 
 from __future__ import annotations
 
+import math
+import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -118,11 +120,14 @@ class Stepper:
         slowest = slowest_rank([took], self.device)[0]
         return max(MIN_STEPS, min(MAX_STEPS, round(seconds / max(slowest, 1e-9))))
 
-    def measure(self, batches: list[Batch], num_steps: int) -> tuple[list[float], list[dict[str, float]]]:
-        """Seconds of so many steps with batches that lie in memory, and of the parts of as many.
+    def measure(
+        self, batches: list[Batch], num_steps: int, patience_s: float = math.inf
+    ) -> tuple[list[float], list[dict[str, float]]]:
+        """Seconds of so many steps with batches that lie in memory, and of the parts of as many; all ranks must call.
 
-        All ranks must call.
+        Where they take longer than `patience_s`, as on a machine that has become busy, fewer are measured.
         """
+        begun = time.monotonic()
         fed = [batches[i % len(batches)] for i in range(num_steps)]
         turn = -(-num_steps // TURNS)
         whole: list[float] = []
@@ -130,6 +135,8 @@ class Stepper:
         for begin in range(0, num_steps, turn):
             whole += self.time_of(fed[begin : begin + turn])
             parts += self.parts_of(fed[begin : begin + turn])
+            if slowest_rank([time.monotonic() - begun], self.device)[0] > patience_s:
+                break
         return whole, parts
 
     def time_of(self, batches: list[Batch]) -> list[float]:
@@ -177,6 +184,12 @@ class Stepper:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         self.engine.barrier()
+
+
+def steps_in(seconds: float, taken: list[float], device: torch.device, *, most: int) -> int:
+    """How many steps fill so many seconds, by those that were taken, the same on all ranks, which must all call."""
+    each = slowest_rank([statistics.median(taken)], device)[0]
+    return max(MIN_STEPS, min(most, round(seconds / max(each, 1e-9))))
 
 
 def slowest_rank(values: list[float], device: torch.device) -> list[float]:

@@ -51,7 +51,12 @@ def locked_file(path: Path, *, buffering: int = -1) -> Iterator[BinaryIO]:
         ValueError: another process holds it.
     """
     while True:
-        with os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666), "r+b", buffering) as file:
+        path.touch()
+        try:
+            file = path.open("r+b", buffering)
+        except FileNotFoundError:  # who held it renamed or removed it just now
+            continue
+        with file:
             _lock(file, path)
             if not _lies_at(file, path):  # who held it before renamed or removed it
                 continue

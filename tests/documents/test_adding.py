@@ -20,6 +20,7 @@ def copy_of(tmp_path, guide):
     copy = tmp_path / "copy"
     for package in PACKAGES:
         shutil.copytree(ROOT / package, copy / package, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", copy)
     text = (ROOT / "docs/guides" / guide).read_text()
     for path, source in re.findall(r"^`([\w/.]+\.py)`:\n\n```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
         assert not (copy / path).exists()
@@ -37,17 +38,30 @@ def copy_of(tmp_path, guide):
     return copy
 
 
-def losses(copy, data, runs_dir, *options, launcher=()):
-    command = [sys.executable, *launcher, "train/pretrain.py", "--name=run", f"--runs_dir={runs_dir}"]
-    command += [f"--data.path={data}", *TINY, "--train.epochs=2", *options]
+def run(copy, *arguments):
+    """What Python prints in a copy."""
+    command = [sys.executable, *arguments]
     result = subprocess.run(command, cwd=copy, env=environment(), capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr[-3000:]
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    return result.stdout
+
+
+def losses(copy, data, runs_dir, *options, launcher=()):
+    arguments = [*launcher, "train/pretrain.py", "--name=run", f"--runs_dir={runs_dir}", f"--data.path={data}"]
+    run(copy, *arguments, *TINY, "--train.epochs=2", *options)
     return [json.loads(line)["loss"] for line in (runs_dir / "run/metrics.jsonl").read_text().splitlines()]
 
 
-def test_the_guides_apply_to_the_code_as_it_is(tmp_path):
-    copy = copy_of(tmp_path, "adding_a_method.md")
-    assert "barlow_twins" in (copy / "model/build.py").read_text()
+@pytest.mark.parametrize(
+    ("guide", "file", "name"),
+    [
+        ("adding_a_method.md", "model/build.py", "barlow_twins"),
+        ("adding_an_augmentation.md", "pipelines/photometric/triton_kernels.py", "adjust_gamma"),
+    ],
+)
+def test_the_guides_apply_to_the_code_as_it_is(tmp_path, guide, file, name):
+    copy = copy_of(tmp_path, guide)
+    assert name in (copy / file).read_text()
 
 
 @pytest.mark.slow
@@ -60,3 +74,60 @@ def test_the_method_of_the_guide_trains_alike_on_one_rank_and_two(tmp_path):
     two = losses(copy, data, tmp_path / "two", "--model.method=barlow_twins", launcher=launcher)
     assert one == pytest.approx(two, rel=1e-3)
     assert one[-1] < one[0]
+
+
+VIEWS = """
+import hashlib
+import numpy as np
+import torch
+from pipelines.augment import AugmentConfig, build_recipe
+from pipelines.photometric.chain import photometric_chain
+from tests.pipelines import triton_interpreter
+from tests.pipelines.draws import draw
+from tests.pipelines.triton_inputs import random_crops
+
+FIGURE_5 = ("crop", "cutout", "color", "sobel", "noise", "blur", "rotate")
+def digest(array):
+    return hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()
+
+if __name__ == "__main__":
+    for name, options in (("byol", {}), ("one_branch", {"branch_transformations": FIGURE_5})):
+        recipe = build_recipe(AugmentConfig(recipe=name, size=40, **options))
+        params = draw(recipe, 2000)
+        print(name, *(digest(params[field]) for field in params.dtype.names if field != "gamma"))
+        for v, view in enumerate(recipe.views):
+            some, crops = params[:16, v].copy(), random_crops(16, 40)
+            for backend in ("reference", "numba"):
+                print(backend, digest(photometric_chain(crops, some, view, recipe, backend=backend)))
+            print("triton", digest(triton_interpreter.photometric(crops, some, view, recipe, torch.bfloat16)))
+"""
+
+
+@pytest.mark.slow
+def test_views_without_the_operation_of_the_guide_keep_their_bits(tmp_path):
+    (tmp_path / "views.py").write_text(VIEWS)
+    printed = []
+    for repository in (ROOT, copy_of(tmp_path, "adding_an_augmentation.md")):
+        command = [sys.executable, tmp_path / "views.py"]
+        path = {"PYTHONPATH": str(repository)}
+        printed.append(subprocess.run(command, env=environment() | path, capture_output=True, text=True, check=True))
+    before, after = (result.stdout.splitlines() for result in printed)
+    assert len(before) == 14
+    assert before == after
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "files",
+    [
+        ("test_gamma",),
+        ("test_params", "test_augment", "test_augment_draws", "test_augment_operations", "test_extra_transformations"),
+        ("test_photometric",),
+        ("test_photometric_triton",),
+    ],
+    ids=lambda files: files[0],
+)
+def test_the_operation_of_the_guide_passes_its_tests_and_those_that_were_there(tmp_path, files):
+    copy = copy_of(tmp_path, "adding_an_augmentation.md")
+    paths = [f"tests/pipelines/{file}.py" for file in files]
+    run(copy, "-m", "pytest", "-q", "-p", "no:cacheprovider", *paths)
