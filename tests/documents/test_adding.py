@@ -86,33 +86,24 @@ from tests.pipelines import triton_interpreter
 from tests.pipelines.draws import draw
 from tests.pipelines.triton_inputs import random_crops
 
-FIGURE_5 = ("crop", "cutout", "color", "sobel", "noise", "blur", "rotate")
-def digest(array):
-    return hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()
-
-if __name__ == "__main__":
-    for name, options in (("byol", {}), ("one_branch", {"branch_transformations": FIGURE_5})):
-        recipe = build_recipe(AugmentConfig(recipe=name, size=40, **options))
-        params = draw(recipe, 2000)
-        print(name, *(digest(params[field]) for field in params.dtype.names if field != "gamma"))
-        for v, view in enumerate(recipe.views):
-            some, crops = params[:16, v].copy(), random_crops(16, 40)
-            for backend in ("reference", "numba"):
-                print(backend, digest(photometric_chain(crops, some, view, recipe, backend=backend)))
-            print("triton", digest(triton_interpreter.photometric(crops, some, view, recipe, torch.bfloat16)))
+figure_5 = ("crop", "cutout", "color", "sobel", "noise", "blur", "rotate")
+digest = lambda array: hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()
+for name, options in (("byol", {}), ("one_branch", {"branch_transformations": figure_5})):
+    recipe = build_recipe(AugmentConfig(recipe=name, size=40, **options))
+    params = draw(recipe, 2000)
+    print(name, *(digest(params[field]) for field in params.dtype.names if field != "gamma"))
+    for v, view in enumerate(recipe.views):
+        some, crops = params[:16, v].copy(), random_crops(16, 40)
+        for backend in ("reference", "numba"):
+            print(backend, digest(photometric_chain(crops, some, view, recipe, backend=backend)))
+        print("triton", digest(triton_interpreter.photometric(crops, some, view, recipe, torch.bfloat16)))
 """
 
 
 @pytest.mark.slow
 def test_views_without_the_operation_of_the_guide_keep_their_bits(tmp_path):
-    (tmp_path / "views.py").write_text(VIEWS)
-    printed = []
-    for repository in (ROOT, copy_of(tmp_path, "adding_an_augmentation.md")):
-        command = [sys.executable, tmp_path / "views.py"]
-        path = {"PYTHONPATH": str(repository)}
-        printed.append(subprocess.run(command, env=environment() | path, capture_output=True, text=True, check=True))
-    before, after = (result.stdout.splitlines() for result in printed)
-    assert len(before) == 14
+    before, after = run(ROOT, "-c", VIEWS), run(copy_of(tmp_path, "adding_an_augmentation.md"), "-c", VIEWS)
+    assert len(before.splitlines()) == 14  # of each recipe the draws, and two views by three backends
     assert before == after
 
 
