@@ -17,6 +17,7 @@ Legend: N local images, V views, S side of a view.
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import zlib
 from collections.abc import Iterator
@@ -209,7 +210,7 @@ def folder_fingerprint(dataset: CropDataset) -> str:
     """Checksum of the files' names below their folder and of some of their bytes: tells two sets apart quickly."""
     crc = zlib.crc32(dataset.labels.tobytes())
     for file in dataset.files:
-        crc = zlib.crc32(Path(file).name.encode(), crc)
+        crc = zlib.crc32(os.fsencode(Path(file).name), crc)
     for sample in np.linspace(0, len(dataset) - 1, NUM_FINGERPRINTED).astype(np.int64).tolist():
         with contextlib.suppress(OSError):  # named when its turn comes
             crc = zlib.crc32(Path(dataset.files[sample]).read_bytes(), crc)

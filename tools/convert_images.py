@@ -95,7 +95,7 @@ def convert_images(
                 _go_on(places, progress)
             num_before = progress.next_index - len(progress.quarantined)
             if not progress.is_written:
-                _write_samples(images, places, options, begun, journal, progress, pool)
+                _write_samples(images, places, options, begun, journal, progress, pool, force=force)
             return _conclude(source, images, places, begun, journal, progress, num_before)
 
 
@@ -163,9 +163,11 @@ def _write_samples(
     journal: Journal,
     progress: Progress,
     ordered_map: OrderedMap,
+    *,
+    force: bool,
 ) -> None:
     with _what_is_kept(places, progress, begun.num_images):
-        output = Output(images, places, begun, journal, progress)
+        output = Output(images, places, begun, journal, progress, force=force)
         with closing(output), deferred_signals() as signals:
             try:
                 indices = range(progress.next_index, begun.num_images)

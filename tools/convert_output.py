@@ -8,6 +8,7 @@ import os
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -20,7 +21,7 @@ from tools.convert_places import FORECAST_MARGIN, Places, folder_with_room
 from tools.convert_progress import Begun, OpenShard, Progress
 from tools.image_encoding import EncodedImage
 from tools.image_source import ImageSource
-from tools.whole_file import partial_path, sync_folder
+from tools.whole_file import open_locked, partial_path, sync_folder
 
 JOURNAL_SECONDS = 2.0  # of work, about, are lost when the process is killed; more often would keep a slow disk busy
 
@@ -28,8 +29,18 @@ JOURNAL_SECONDS = 2.0  # of work, about, are lost when the process is killed; mo
 class Output:
     """Where the samples go; to be closed. What is not in the journal then is done again next time."""
 
-    def __init__(self, source: ImageSource, places: Places, begun: Begun, journal: Journal, progress: Progress) -> None:
-        """Goes on where `progress` ends, and keeps it up to date."""
+    def __init__(
+        self,
+        source: ImageSource,
+        places: Places,
+        begun: Begun,
+        journal: Journal,
+        progress: Progress,
+        *,
+        force: bool = False,
+    ) -> None:
+        """Goes on where `progress` ends, and keeps it up to date; replaces shards that are there under `force`."""
+        self._force = force
         self._source, self._places, self._begun, self._journal = source, places, begun, journal
         self._progress = progress
         self._strays = list(source.strays)
@@ -104,16 +115,16 @@ class Output:
             capacity=places.capacity(num_left, progress.mean_size),
             first_quarantined=self._first_quarantined(),
         )
+        writer = self._open(shard)
         self._submit(self._journal.append, Block(kind="open", words={"name": shard.name, "capacity": shard.capacity}))
-        return self._open(shard)
+        return writer
 
     def _first_quarantined(self) -> int:
         return 0 if self._num_shards == 0 else len(self._progress.quarantined)
 
     def _open(self, shard: OpenShard) -> BetonWriter:
         rows = shard.rows
-        path = partial_path(self._places.dest.parent / shard.name)
-        self._file = path.open("r+b" if rows.size else "w+b", buffering=0)
+        self._file = self._own_file(self._places.dest.parent / shard.name)
         self._opened = [*(file for file in self._opened if not file.closed), self._file]
         self._writer = BetonWriter(
             self._file,
@@ -126,6 +137,16 @@ class Output:
         self._num_journaled = rows.size
         self._progress.shard = shard
         return self._writer
+
+    def _own_file(self, path: Path) -> BinaryIO:
+        """The file to be written; a set of the same name elsewhere may use the same folder."""
+        file = open_locked(partial_path(path), buffering=0)
+        if self._places.shard_size is not None and not self._force and path.exists():
+            if not os.fstat(file.fileno()).st_size:
+                partial_path(path).unlink()
+            file.close()
+            raise ValueError(f"{path} exists; pass --force to replace it, or choose another name")
+        return file
 
     def _journal_rows(self) -> None:
         """Hands on what came since the last time."""
@@ -159,34 +180,34 @@ class Output:
 
     def _complete(self, writer: BetonWriter, file: BinaryIO, shard: OpenShard, next_quarantined: int) -> None:
         """Makes a file whole, with its manifest, and names both."""
-        with file:
+        with file:  # whose lock keeps others away until it has its name
             writer.finish()
             sha256, num_bytes = file_sha256(file), file.seek(0, 2)
-        rows, classes = writer.rows, self._source.classes
-        counts = np.bincount(rows["label"], minlength=len(classes)).tolist() if classes is not None else None
-        num_converted = int((rows["kept"] == 0).sum()) if self._begun.options["encode"] == "keep" else 0
-        quarantined = self._quarantined(shard.first_quarantined, next_quarantined)
-        manifest = Manifest(
-            sha256=sha256,
-            num_bytes=num_bytes,
-            num_samples=int(rows.size),
-            classes=classes,
-            class_counts=counts,
-            options=manifest_options(self._begun),
-            num_converted=num_converted,
-            quarantined=(self._strays if not self._progress.done else []) + quarantined,
-            tools=self._begun.tools,
-            files=[],
-            crc32=[],
-        )
-        path = self._places.dest.parent / shard.name
-        write_partial_manifest(manifest_path(path), manifest, self._source.names, rows)
-        words: dict[str, Any] = {"name": shard.name, "num_bytes": num_bytes, "num_samples": int(rows.size)}
-        words |= {"sha256": sha256, "class_counts": counts, "num_converted": num_converted}
-        words["next_quarantined"] = next_quarantined
-        self._journal.append(Block(kind="done", words=words))
-        self._progress.done.append(words)
-        publish(self._places, shard.name)
+            rows, classes = writer.rows, self._source.classes
+            counts = np.bincount(rows["label"], minlength=len(classes)).tolist() if classes is not None else None
+            num_converted = int((rows["kept"] == 0).sum()) if self._begun.options["encode"] == "keep" else 0
+            quarantined = self._quarantined(shard.first_quarantined, next_quarantined)
+            manifest = Manifest(
+                sha256=sha256,
+                num_bytes=num_bytes,
+                num_samples=int(rows.size),
+                classes=classes,
+                class_counts=counts,
+                options=manifest_options(self._begun),
+                num_converted=num_converted,
+                quarantined=(self._strays if not self._progress.done else []) + quarantined,
+                tools=self._begun.tools,
+                files=[],
+                crc32=[],
+            )
+            path = self._places.dest.parent / shard.name
+            write_partial_manifest(manifest_path(path), manifest, self._source.names, rows)
+            words: dict[str, Any] = {"name": shard.name, "num_bytes": num_bytes, "num_samples": int(rows.size)}
+            words |= {"sha256": sha256, "class_counts": counts, "num_converted": num_converted}
+            words["next_quarantined"] = next_quarantined
+            self._journal.append(Block(kind="done", words=words))
+            self._progress.done.append(words)
+            publish(self._places, shard.name)
 
     def _quarantined(self, start: int, end: int) -> list[Quarantined]:
         names = self._source.names

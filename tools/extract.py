@@ -129,7 +129,9 @@ def _parquet_writer() -> Any:
             for start in range(0, len(extracted.names), ROWS_A_PIECE):
                 rows = slice(start, start + ROWS_A_PIECE)
                 flat = pa.array(np.ascontiguousarray(extracted.features[rows]).reshape(-1))
-                columns = [pa.array(extracted.names[rows]), pa.array(extracted.labels[rows])]
+                # A file's name may hold bytes that are no text; Parquet's strings may not.
+                names = [name.encode("utf-8", "backslashreplace").decode() for name in extracted.names[rows]]
+                columns = [pa.array(names), pa.array(extracted.labels[rows])]
                 columns.append(pa.FixedSizeListArray.from_arrays(flat, width))
                 writer.write_table(pa.table(columns, schema=schema))
 

@@ -183,7 +183,7 @@ def _is_raw(image: Image.Image) -> bool:
 
 
 def _to_rgb(image: Image.Image) -> ImageArray:
-    if image.mode.startswith("I;16"):
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):  # whose samples have 16 at most
         gray = (np.asarray(image) >> 8).astype(np.uint8)
         return np.repeat(gray[:, :, None], 3, axis=2)
     if image.mode in ("I", "F"):

@@ -114,7 +114,7 @@ def _walk(root: Path, name: str) -> Iterator[str]:
 def _entries(folder: Path) -> tuple[list[str], list[str]]:
     """Names of the files and of the folders directly inside, both sorted."""
     with os.scandir(folder) as entries:
-        shown = [(entry.name, entry.is_dir()) for entry in entries if not _ignored(entry.name)]
+        shown = [(entry.name, Path(entry).is_dir()) for entry in entries if not _ignored(entry.name)]
     files = sorted(name for name, is_folder in shown if not is_folder)
     return files, sorted(name for name, is_folder in shown if is_folder)
 

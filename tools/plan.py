@@ -33,10 +33,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Read, predict, print, write."""
     config = parse_plan_config(arguments)
     for name in (config.json, config.figure):
+        if name is not None and Path(name).is_dir():
+            raise ValueError(f"{name} must name a file, got a folder")
         if name is not None and not Path(name).parent.is_dir():
             raise ValueError(f"{name} must lie in a folder that exists; make {Path(name).parent}")
     plan = make_plan([read_profile(Path(name)) for name in config.profile], config)
-    rows, limit = [make_row(plan, gpus) for gpus in config.gpus], find_limit(plan)
+    rows, limit = [make_row(plan, gpus) for gpus in plan.gpus], find_limit(plan)
     print(text_of(plan, rows, limit))
     if config.json is not None:
         text = json.dumps(to_json(plan, rows, limit), indent=1, ensure_ascii=False)

@@ -28,8 +28,8 @@ class PlanConfig:
     profile: tuple[str, ...]
     """JSON files of tools.profile_throughput. The first is what is planned from; others refine it: of more ranks, the
     links; of as many ranks and another batch, what a step costs beside its images."""
-    gpus: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)
-    """Numbers of GPUs (ranks) to predict."""
+    gpus: tuple[int, ...] | None = None
+    """Numbers of GPUs (ranks) to predict (default: of 1,2,4,8,16,32,64 those that divide the batch)."""
     gpus_per_node: int = 8
     """GPUs of each machine."""
     bandwidth_gbps: float | None = None
@@ -94,7 +94,7 @@ class PlanConfig:
     def __post_init__(self) -> None:
         if not self.profile:
             raise ValueError("`--profile` must name at least one file, got none")
-        if not self.gpus or not all(1 <= number <= MAX_GPUS for number in self.gpus):
+        if self.gpus is not None and not (self.gpus and all(1 <= number <= MAX_GPUS for number in self.gpus)):
             raise ValueError(f"`--gpus` must be numbers from 1 to {MAX_GPUS} such as 1,2,8, got {self.gpus}")
         for field in fields(self):
             value = getattr(self, field.name)
@@ -106,6 +106,8 @@ class PlanConfig:
             raise ValueError("`--budget` needs `--price-per-gpu-hour`, got none")
         if self.figure is not None and not self.figure.endswith(".png"):
             raise ValueError(f"`--figure` must be named *.png, got {self.figure}")
+        if self.json is not None and self.json == self.figure:
+            raise ValueError(f"`--json` and `--figure` must name different files, got {self.json} twice")
 
     def _check_number(self, name: str, value: float) -> None:
         option = f"`--{name.replace('_', '-')}`"
@@ -198,4 +200,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _numbers(text: str) -> tuple[int, ...]:
-    return tuple(sorted({int(word) for word in text.split(",")}))
+    try:
+        return tuple(sorted({int(word) for word in text.split(",")}))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"must be whole numbers such as 1,2,8, got {text!r}") from error

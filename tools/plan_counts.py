@@ -79,7 +79,11 @@ def count(config: PretrainConfig) -> Counts:
 def _count(model: ModelConfig, size: int, precision: str, recomputed: bool) -> Counts:
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     with torch.device("meta"):
-        method = build_method(model, seed=0).to(dtype).train()
+        try:
+            method = build_method(model, seed=0).to(dtype).train()
+        except RuntimeError as error:  # sizes beyond 64 bits
+            width = model.encoder.width
+            raise ValueError(f"`--width` must be one that memory could hold, got {width:g}") from error
         if isinstance(method, Distill):
             raise ValueError("`model.method` must be simclr or supervised to be planned, got distill")
         views = [torch.empty(NUM_IMAGES, 3, size, size, dtype=dtype) for _ in range(method.num_views)]

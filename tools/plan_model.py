@@ -25,6 +25,8 @@ from tools.profile_results import Profile
 from train.config import PretrainConfig
 
 FORWARD_TWICE = 4 / 3  # a backward is two forwards, and one forward comes to it
+GPUS = (1, 2, 4, 8, 16, 32, 64)
+CONTRADICTED = 1.25  # times as much, or as little, as a further profile measured
 BF16_SPEEDUP = {"cuda": 2.0, "cpu": 1.0}
 Reason = Literal["compute", "batch", "optimizer", "loss", "network", "latency", "loading", "storage"]
 
@@ -74,6 +76,11 @@ class Plan:
     """That is planned."""
     remarks: list[str]
     """What was learned from further profiles."""
+
+    @property
+    def gpus(self) -> tuple[int, ...]:
+        """Numbers of GPUs that are asked for, rising; by default powers of two that divide the batch."""
+        return self.config.gpus or tuple(gpus for gpus in GPUS if self.global_batch_size(gpus) % gpus == 0)
 
     @property
     def weak(self) -> bool:
@@ -210,12 +217,29 @@ def make_plan(profiles: Sequence[Profile], config: PlanConfig) -> Plan:
         network=planned_network(config, costs.network),
         remarks=remarks,
     )
-    for gpus in config.gpus:
+    plan.remarks.extend(_contradictions(plan, profiles[1:]))
+    for gpus in plan.gpus:
         if plan.global_batch_size(gpus) % gpus:
             batch = plan.global_batch_size(gpus)
             below = max(number for number in range(1, gpus) if batch % number == 0)
             raise ValueError(f"`--gpus` must divide the global batch of {batch} images, got {gpus}; use {below}")
     return plan
+
+
+def _contradictions(plan: Plan, others: Sequence[Profile]) -> list[str]:
+    """Further profiles whose rates the model does not give back: a line for each."""
+    found = []
+    for other in others:
+        run = planned_run(plan.profile, PlanConfig(profile=("",), global_batch_size=other.global_batch_size))
+        network = replace(plan.costs.network, ranks_per_node=other.local_world_size)
+        theirs = replace(plan, config=PlanConfig(profile=("",)), run=run, counts=plan.measured, network=network)
+        ours, measured = theirs.step(other.world_size).images_per_sec, other.together_images_per_sec
+        if not 1 / CONTRADICTED < ours / measured < CONTRADICTED:
+            found.append(
+                f"the profile of {other.world_size} × {other.local_batch_size} images has {measured:,.0f} images/s, "
+                f"of which the model makes {ours:,.0f}: measure both profiles anew while nothing else runs"
+            )
+    return found
 
 
 def _step_of(run: PretrainConfig) -> tuple[int, str, bool]:

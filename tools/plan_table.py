@@ -182,7 +182,7 @@ def assumptions(plan: Plan) -> list[str]:
     """Everything that the figures rest on and nobody measured for this plan."""
     config, profile, costs, network = plan.config, plan.profile, plan.costs, plan.network
     buckets = num_buckets(plan.run, plan.counts)
-    local = plan.global_batch_size(1) / (1 if plan.weak else max(config.gpus))
+    local = plan.global_batch_size(1) / (1 if plan.weak else max(plan.gpus))
     lines = [
         f"GPUs are alike, and like the profile's; {config.gpus_per_node} to a machine, all of whose GPUs work together",
         "forward and backward take as many seconds for each floating-point operation as in the profile: "

@@ -10,7 +10,8 @@ done there is part of it. The two sides work at the same time, and the slower on
 
 On a CPU both take their cores from the same C, n of them to decode and t to compute; the last term is the work of both,
 spread over all cores without a gap. It is never the largest where n + t ≤ C. Waiting for storage takes seconds of a
-thread and none of a core. A thread more or less changes a side's rate in proportion, up to C, and storage's not at all.
+thread and none of a core. A thread more or less changes a side's rate in proportion, up to C, and that of storage and
+of communication not at all.
 Seconds of a stage are scaled so that they add up to what the whole side was measured to take.
 
 `docs/guides/throughput.md` says the same for users.
@@ -128,14 +129,16 @@ class Costs:
         return "loading" if taken["loading"] > taken["training"] else "training"
 
     def with_threads(self, *, num_threads: int | None = None, cpu_threads: int | None = None) -> Costs:
-        """The same with other numbers of threads: rates in proportion, up to the cores."""
+        """The same with other numbers of threads: rates in proportion, up to the cores; not that of communication."""
         num_threads, cpu_threads = num_threads or self.num_threads, cpu_threads or self.cpu_threads
         decoding = self._cores(self.num_threads) / self._cores(num_threads)
         computing = self._cores(self.cpu_threads) / self._cores(cpu_threads) if self.on_cpu else 1.0
         return replace(
             self,
             host={name: seconds * decoding for name, seconds in self.host.items()},
-            device={name: seconds * computing for name, seconds in self.device.items()},
+            device={
+                name: seconds * (1.0 if name == "communication" else computing) for name, seconds in self.device.items()
+            },
             num_threads=num_threads,
             cpu_threads=cpu_threads,
         )

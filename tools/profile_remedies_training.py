@@ -61,13 +61,17 @@ def batch_size(case: Case) -> Iterator[Advice]:
     profile, doubled = case.profile, 2 * case.profile.global_batch_size
     if doubled > profile.num_samples or not _fits(case, 2 * profile.local_batch_size):
         return
-    once = sum(case.costs.device.get(name, 0.0) for name in ("optimizer", "communication"))
+    micro = case.option("train.micro_batch_size")
+    in_pieces = micro is not None and micro < profile.local_batch_size  # then batch norm talks in each of them
+    names = ["optimizer"] if in_pieces else ["optimizer", "communication"]
+    once = sum(case.costs.device.get(name, 0.0) for name in names)
+    what = "the optimizer takes" if in_pieces else "optimizer and communication take"
     why = (
-        f"optimizer and communication take {once / case.costs.training:.0%} of the step, and happen once for twice as "
-        "many images; the loss compares each with all others"
+        f"{what} {once / case.costs.training:.0%} of the step, and happen{'s' * in_pieces} once for twice as many "
+        "images; the loss compares each with all others"
     )
     effect = "another batch learns otherwise; `optim.lr_scaling` adapts the learning rate"
-    cheaper = case.costs.scaled(optimizer=0.5, communication=0.5, loss=2.0)
+    cheaper = case.costs.scaled(**dict.fromkeys(names, 0.5), loss=2.0)
     yield case.advice({"data.global_batch_size": doubled}, why, cheaper, effect)
 
 

@@ -17,7 +17,7 @@ if not __package__:  # started as a file: put the project's root, not this folde
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 # Else torch's profiler tells when it starts, and that there is no GPU.
-os.environ.setdefault("KINETO_LOG_LEVEL", "5")
+os.environ.setdefault("KINETO_LOG_LEVEL", "6")
 
 from tools.profile_command import main
 from train.cli import run

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import statistics
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -23,8 +24,9 @@ from tools.profile_sample import encode_options, on_sample, rows_for, write_samp
 from train.config import PretrainConfig, flatten, resolved_dict
 from train.runtime import Ranks, cores_per_rank
 
-ROUNDS = 5
+ROUNDS, FEWEST_ROUNDS = 5, 3
 MAX_TRIALS = 3
+MAX_TURNS = 40  # turns' worth of seconds: after them no other trial begins; half of them, and a trial has few rounds
 KEPT = 1.02  # the gain below which a change is not worth its words
 ROOM_FOR_TWO = 0.45  # of the device's memory: above it, both engines do not fit beside each other
 
@@ -63,7 +65,7 @@ class Trial:
 
 @dataclass(frozen=True, kw_only=True)
 class Verified:
-    """What became of the advice: the trial that helped, or else the last one that could be measured."""
+    """What became of the advice: the trial that helped, or else the first one that could be measured."""
 
     trials: tuple[Trial, ...] = ()
     wanted: bool = True
@@ -108,7 +110,10 @@ def verify(
     """
     alone = of_rank_zero(diagnosis.profile.memory["peak_bytes"] > ROOM_FOR_TWO * around.device_memory, ranks)
     trials: list[Trial] = []
+    began = time.monotonic()
     for advice in _candidates(diagnosis.advice, ranks):
+        if of_rank_zero(time.monotonic() - began > MAX_TURNS * seconds, ranks):
+            break
         trial = _try(advice, config, ranks, seconds=seconds, one_at_a_time=alone)
         trials.append(trial)
         if trial.kept:
@@ -164,7 +169,11 @@ def _contestants(
 def _race(
     before: PretrainConfig, after: PretrainConfig, ranks: Ranks, *, seconds: float, one_at_a_time: bool
 ) -> list[tuple[float, float]]:
-    """Images a second of both, in `ROUNDS` rounds of a turn each; who begins changes from round to round."""
+    """Images a second of both, in `ROUNDS` rounds of a turn each; who begins changes from round to round.
+
+    Where steps take so long that turns do, in fewer.
+    """
+    began = time.monotonic()
     differing = [name for name in _flat(before) if _flat(before)[name] != _flat(after)[name]]
     shared, configs = shares_engine(differing), (before, after)
     rounds: list[tuple[float, float]] = []
@@ -188,6 +197,9 @@ def _race(
             order = (0, 1) if number % 2 == 0 else (1, 0)
             rates = {i: turn(i) for i in order}
             rounds.append((rates[0], rates[1]))
+            late = time.monotonic() - began > MAX_TURNS / 2 * seconds
+            if of_rank_zero(late and len(rounds) >= FEWEST_ROUNDS, ranks):
+                break
     return rounds
 
 

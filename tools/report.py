@@ -17,6 +17,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 
 # Read once, when torch is loaded: its threads soon sleep where they wait for one another (see train/evaluate.py).
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
@@ -148,7 +149,7 @@ def _seen(one: Reported, test_data: str | None, pictures: bool) -> list[Section]
     train_data, shown_data = data_for_pictures(found, one.records, test_data)
     stored = stored_pictures(found, train_data, shown_data)
     if not pictures:
-        said = missing("Left out by --no-pictures:", f"python -m tools.report {found.path}")
+        said = missing("Left out by --no-pictures:", f"python -m tools.report {quote(str(found.path))}")
         return [Section(key="pictures", title="Views, map and neighbours", body=said), *stored]
     sheet = "" if found.config is None else contact_sheet(found.config, found.path)
     return [
@@ -177,7 +178,7 @@ def _inner_runs(outer: RunRecord) -> str:
             inner = read_run(path.parent, path.parent.name)
         except ValueError:
             continue
-        rows.append([inner.label, ", ".join(status(inner)), f"python -m tools.report {inner.path}"])
+        rows.append([inner.label, ", ".join(status(inner)), f"python -m tools.report {quote(str(inner.path))}"])
     return (
         table("Fine-tuning and distillation", ["run", "status", "its own report"], rows, kind="words") if rows else ""
     )

@@ -9,6 +9,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from tools.report_page import details, missing, table
@@ -67,9 +68,8 @@ def accuracy_tables(
         return missing("An evaluation trains this network, and says in its own result how good it is.")
     said = "".join(missing(problem) for problem in problems)
     if not records:
-        command = (
-            f"python train/evaluate.py knn --checkpoint {run} --train_data data/train.beton --test_data data/test.beton"
-        )
+        words = f"--checkpoint {quote(str(run))} --train_data data/train.beton --test_data data/test.beton"
+        command = f"python train/evaluate.py knn {words}"
         return said + missing("Not evaluated yet. On labelled images, for instance:", command)
     names = [name_of(record, records) for record in records]
     return said + _by_labels(names, records) + _figures(names, records) + _by_class(names, records)

@@ -159,10 +159,15 @@ def _line(scale: _Scale, number: int, one: Series, chart: Chart) -> str:
     finite = np.flatnonzero(known)
     kind, size = ("spot", 2.5) if len(finite) <= MOST_SPOTS else ("hit", 5)
     for i in np.unique(finite[np.linspace(0, len(finite) - 1, min(MOST_HINTS, len(finite))).round().astype(int)]):
-        said = f"{one.label}: {figure(one.mean[i])} at {chart.x_name} {figure(one.x[i])}"
+        said = f"{one.label}: {figure(one.mean[i])} at {_place(chart.x_name, one.x[i])}"
         place = f'cx="{scale.x(one.x[i]):.1f}" cy="{scale.y(one.mean[i]):.1f}" r="{size}"'
         parts.append(f'<circle class="{kind} f{number % NUM_COLORS}" {place}><title>{text(said)}</title></circle>')
     return f"<g>{''.join(parts)}</g>"
+
+
+def _place(x_name: str, x: float) -> str:
+    """`step 12`, or `1.5 minutes since the start`."""
+    return f"{figure(x)} {x_name}" if " " in x_name else f"{x_name} {figure(x)}"
 
 
 def _parts(points: Sequence[Point | None]) -> list[list[Point]]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from shlex import quote
 
 import numpy as np
 
@@ -45,7 +46,7 @@ def look(run: RunRecord, records: Sequence[Record], test_data: str | None) -> li
     elif (path := choose_data(run, records, test_data)) is None:
         body = missing(
             "Neither the test set of an evaluation nor the training set is here. On any images:",
-            f"python -m tools.report {run.path} --test_data data/test.beton",
+            f"python -m tools.report {quote(str(run.path))} --test_data data/test.beton",
         )
     else:
         try:
@@ -134,8 +135,10 @@ def gallery(sample: Sample, about: str) -> str:
     rows = []
     for query, near, cosine in zip(queries.tolist(), neighbours.tolist(), cosines.tolist(), strict=True):
         label = int(sample.labels[query])
-        name = sample.name(label) if sample.is_labelled else f"row {sample.rows[query]}"
-        first = f'<li class="query">{picture(shown[query], f"query, {name}")}{text(shortened(name, MOST_LETTERS))}</li>'
+        file = sample.file(query)
+        name, short = (sample.name(label),) * 2 if sample.is_labelled else (file, file.rpartition("/")[2])
+        image = picture(shown[query], f"query, {name}")
+        first = f'<li class="query" title="{text(file)}">{image}{text(shortened(short, MOST_LETTERS))}</li>'
         others = "".join(
             _neighbour(sample, shown[other], other, label, value) for other, value in zip(near, cosine, strict=True)
         )
@@ -148,13 +151,14 @@ def gallery(sample: Sample, about: str) -> str:
 
 
 def _neighbour(sample: Sample, pixels: np.ndarray, other: int, label: int, cosine: float) -> str:
+    file = sample.file(other)
     if not sample.is_labelled:
-        return f"<li>{picture(pixels, f'neighbour, row {sample.rows[other]}')}{cosine:.2f}</li>"
+        return f'<li title="{text(file)}">{picture(pixels, f"neighbour, {file}")}{cosine:.2f}</li>'
     theirs = int(sample.labels[other])
     kind, sign = ("right", "✓") if theirs == label else ("wrong", "✗")
     name = sample.name(theirs)
     word = sign if kind == "right" else f"{sign} {text(shortened(name, MOST_LETTERS))}"
-    return f'<li class="{kind}">{picture(pixels, f"neighbour, {name}")}{word} {cosine:.2f}</li>'
+    return f'<li class="{kind}" title="{text(file)}">{picture(pixels, f"neighbour, {name}")}{word} {cosine:.2f}</li>'
 
 
 def _names(sample: Sample) -> list[str]:

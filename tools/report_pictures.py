@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -26,17 +27,28 @@ def stored_pictures(run: RunRecord, train_data: str, test_data: str) -> list[Sec
     folder, shown = run.path / "pictures", []
     kinds = [("confusion", "Confusion of classes", confusion), ("spectrum", "Spectrum of the head", spectrum)]
     for name, title, show in kinds if run.has_head else kinds[:1]:
-        options = f" --train_data {train_data}" if name == "confusion" else ""
-        command = f"python -m tools.pictures {name} --checkpoint {run.path} --test_data {test_data}{options}"
+        command, not_yet = _command(name, run, train_data, test_data), "Not drawn yet:"
+        if name == "confusion":
+            not_yet = "Not drawn yet. It takes labelled images:"
         bodies = []
         for path in sorted(folder.glob(f"{name}*.json")):
             try:
                 bodies.append(show(json.loads(path.read_text())))
             except (ValueError, LookupError, TypeError, AttributeError, RecursionError, OSError):
                 bodies.append(missing(f"{path} is damaged. Draw it again:", command))
-        body = "".join(bodies) or missing("Not drawn yet:", command)
+        body = "".join(bodies) or missing(not_yet, command)
         shown.append(Section(key=name, title=title, body=body))
     return shown
+
+
+def _command(name: str, run: RunRecord, train_data: str, test_data: str) -> str:
+    """Confusion takes two labelled sets; the spectrum of the head none, and those of h and z the one to look at."""
+    words = ["python", "-m", "tools.pictures", name, "--checkpoint", str(run.path)]
+    if name == "confusion":
+        words += ["--train_data", train_data]
+    if name == "confusion" or Path(test_data).exists():
+        words += ["--test_data", test_data]
+    return shlex.join(words)
 
 
 def confusion(numbers: Numbers) -> str:

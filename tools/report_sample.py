@@ -44,6 +44,8 @@ class Sample:
     """int64 [n]; −1: none."""
     classes: Sequence[str]
     """Names by label."""
+    files: Sequence[str]
+    """Names of the set's rows; empty where they are not known."""
     values: Tensor
     """h, float32 [n, D]."""
 
@@ -57,6 +59,11 @@ class Sample:
         if label < 0:
             return "no label"
         return self.classes[label] if label < len(self.classes) else f"class {label}"
+
+    def file(self, position: int) -> str:
+        """The name of an image of the sample, or its row."""
+        row = int(self.rows[position])
+        return self.files[row] if row < len(self.files) else f"row {row}"
 
     def images(self, positions: Sequence[int]) -> dict[int, NDArray[np.uint8]]:
         """What the encoder sees of some images of the sample, uint8 [S, S, 3], by their place in it."""
@@ -86,7 +93,7 @@ def draw_sample(checkpoint: Path, path: str, *, seed: int = 0) -> Sample:
         for view in _views(path, data, rows, center_recipe(config.augment), device):
             with exact_products(device):
                 values.append(network(view)[0].float().cpu())
-    labels, classes = _labels(data)
+    labels, classes, files = _told(data)
     return Sample(
         path=path,
         data=data,
@@ -94,6 +101,7 @@ def draw_sample(checkpoint: Path, path: str, *, seed: int = 0) -> Sample:
         rows=rows,
         labels=np.full(len(rows), -1) if labels is None else labels[rows],
         classes=classes,
+        files=files,
         values=torch.cat(values),
     )
 
@@ -122,18 +130,22 @@ def _views(path: str, data: Data, rows: NDArray[np.int64], recipe: Recipe, devic
         return [batch.views[0].clone() for batch in loader.epoch(0)]
 
 
-def _labels(data: Data) -> tuple[NDArray[np.int64] | None, Sequence[str]]:
-    """Labels of a whole set, int64, and the names of its classes as far as they are known."""
+def _told(data: Data) -> tuple[NDArray[np.int64] | None, Sequence[str], Sequence[str]]:
+    """Labels of a whole set, int64, the names of its classes and those of its files, as far as they are known."""
     whole = whole_of(data)
     if isinstance(whole, ImageFolder):
         from torchvision.datasets.folder import find_classes
 
         from pipelines.folder_dataset import list_images
 
-        labels = np.array([label for _, label in list_images(whole.root)], np.int64)
-        return labels, find_classes(str(whole.root))[0] if labels.max() >= 0 else []
+        listed = list_images(whole.root)
+        labels = np.array([label for _, label in listed], np.int64)
+        files = [str(Path(path).relative_to(whole.root)) for path, _ in listed]
+        return labels, find_classes(str(whole.root))[0] if labels.max() >= 0 else [], files
     try:
         manifest = load_manifest(whole.path)
     except ManifestError:
         manifest = None
-    return whole.labels, (manifest.classes if manifest else None) or []
+    if manifest is None:
+        return whole.labels, [], []
+    return whole.labels, manifest.classes or [], manifest.files

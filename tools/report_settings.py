@@ -84,17 +84,26 @@ def again(run: RunRecord) -> str:
     started = [row for start in run.starts if (row := _start(start))]
     if started:
         body += table("As it was started", ["when", "at step", "command"], started, kind="words")
-    if run.checkpoint and not run.is_finished and not run.is_running:
-        body += paragraph("To go on with it instead of starting anew:") + code(command.replace(AGAIN, ""))
+    is_in_place = run.stored.get("name") == run.path.resolve().name  # a run that was renamed cannot be gone on with
+    if run.checkpoint and not run.is_finished and not run.is_running and is_in_place:
+        body += paragraph("To go on with it instead of starting anew:") + code(command_to_go_on(run))
     return body
 
 
 def command_again(run: RunRecord) -> str:
     """The command that trains a run of this configuration under another name."""
-    words = [f"--config={run.path / CONFIG_FILE}", f"--name={run.stored.get('name', run.path.name)}{AGAIN}"]
+    return _pretrain(run, f"--name={run.stored.get('name', run.path.name)}{AGAIN}")
+
+
+def command_to_go_on(run: RunRecord) -> str:
+    """The command that takes the run up again where it lies."""
+    return _pretrain(run, f"--runs_dir={run.path.parent}")
+
+
+def _pretrain(run: RunRecord, *words: str) -> str:
     ranks = run.world_size or 1
     launcher = ["deepspeed", "--num_gpus", str(ranks)] if ranks > 1 else ["python"]
-    return shlex.join([*launcher, "train/pretrain.py", *words])
+    return shlex.join([*launcher, "train/pretrain.py", f"--config={run.path / CONFIG_FILE}", *words])
 
 
 def _start(start: Mapping[str, Any]) -> list[str]:

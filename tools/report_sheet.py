@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from shlex import quote
 
 import numpy as np
 import torch
@@ -25,7 +26,7 @@ def contact_sheet(config: PretrainConfig, run_dir: Path) -> str:
     """The views of the first images of epoch 0; why there are none, where there are none."""
     path = config.data.path
     if not Path(path).exists():
-        command = f"python -m tools.report {run_dir}"
+        command = f"python -m tools.report {quote(str(run_dir))}"
         return missing(f"{path} is not here: report again where the run's data is, from the same folder.", command)
     try:
         batch = first_batch(config)

@@ -13,7 +13,8 @@ from typing import TypeVar
 from pipelines.manifest import Quarantined
 
 LARGEST_CLASS_NUMBER = 100_000  # beyond it a number is an identifier, and no count of classes
-_WHOLE_NUMBER = re.compile(r"-?(0|[1-9]\d{0,17})\Z", re.ASCII)
+# With a decimal point: what pandas writes of whole numbers beside an empty cell.
+_WHOLE_NUMBER = re.compile(r"(-?(?:0|[1-9]\d{0,17}))(?:\.0+)?\Z", re.ASCII)
 
 _LabelT = TypeVar("_LabelT", int, str)
 
@@ -109,8 +110,8 @@ def _as_numbers(values: Sequence[int | str | None]) -> list[int | None] | None:
     for value in values:
         if value is None or type(value) is int:
             numbers.append(value)
-        elif isinstance(value, str) and _WHOLE_NUMBER.match(value):
-            numbers.append(int(value))
+        elif isinstance(value, str) and (match := _WHOLE_NUMBER.match(value)):
+            numbers.append(int(match[1]))
         else:
             return None
     return numbers

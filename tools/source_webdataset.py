@@ -21,7 +21,7 @@ from typing import BinaryIO
 from pipelines.manifest import Quarantined
 from tools.image_decoding import MAX_FILE_BYTES, UnusableImage
 from tools.image_folder import IMAGE_SUFFIXES
-from tools.source_columns import Columns
+from tools.source_columns import Columns, as_label
 from tools.source_rows import file_facts, fingerprint, label_rows, rows_facts, safe_name
 from tools.source_tar import tar_members
 
@@ -165,9 +165,7 @@ class WebDatasetSource:
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{name}: its .{extension} is not whole ({error})") from error
         label = content.get(self._label_field or DEFAULT_LABEL_FIELD) if isinstance(content, dict) else None
-        if label is None or type(label) in (int, str):
-            return label
-        raise ValueError(f"{name}: its label must be a number or a word, found {json.dumps(label)[:80]}")
+        return as_label(label, name)
 
     def _take_labels(self, found: list[int | str | None]) -> None:
         """Numbers the labels; rows without one leave, if others have one."""

@@ -62,8 +62,9 @@ class Children:
         self.stopping = False
 
     def call(self, command: Sequence[str], log: Path) -> int:
-        """Run a command from the project's root, with what it prints at the end of `log`; returns its exit code."""
+        """Run a command, with what it prints at the end of `log`; returns its exit code."""
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # where launchers look for helpers
+        modules = os.pathsep.join(part for part in (str(ROOT), os.environ.get("PYTHONPATH")) if part)
         with log.open("ab") as file:
             file.write(f"$ {shlex.join(command)}\n".encode())
             file.flush()
@@ -72,8 +73,7 @@ class Children:
                     return EXIT_RESUMABLE
                 process = subprocess.Popen(
                     command,
-                    cwd=ROOT,
-                    env=os.environ | {"PATH": path},
+                    env=os.environ | {"PATH": path, "PYTHONPATH": modules},
                     stdout=file,
                     stderr=subprocess.STDOUT,
                     stdin=subprocess.DEVNULL,
@@ -167,7 +167,7 @@ def _run_trial(trial: Trial, how: HowToRun, children: Children) -> None:
         config = configure(how.base, trial.cell, seed=trial.seed, runs_dir=str(trial.folder))
         path = trial.file("yaml")
         path.write_text(yaml.safe_dump(resolved_dict(config), sort_keys=False))
-        command = [*launch(how), "train/pretrain.py", "--config", str(path.resolve())]
+        command = [*launch(how), _script("train/pretrain.py"), "--config", str(path.resolve())]
         trained = {"command": command, "seconds": _timed(command, trial, children)}
         keep(trial, "trained.json", trained)
     output = trial.folder / f"seed{trial.seed}-{how.protocol}"
@@ -219,12 +219,23 @@ def launch(how: HowToRun) -> list[str]:
     return [program, ranks, str(how.num_ranks), "--master_port", str(free_port())]
 
 
+def _script(name: str) -> str:
+    """One of ours, as it is called from here: a study may be started in any folder."""
+    return os.path.relpath(ROOT / name)
+
+
 def measurement(trial: Trial, how: HowToRun, output: Path, representation: str = "learned") -> list[str]:
     """The command that measures a run, and leaves one JSON file in `output`."""
     run_dir, train_data, test_data = (str(Path(p).resolve()) for p in (trial.run_dir, how.train_data, how.test_data))
     test, device = f"--test_data={test_data}", f"--device={how.base.train.device}"
     if trial.cell.measure == "protocol":
-        words = ["train/evaluate.py", how.protocol, f"--checkpoint={run_dir}", f"--train_data={train_data}", test]
+        words = [
+            _script("train/evaluate.py"),
+            how.protocol,
+            f"--checkpoint={run_dir}",
+            f"--train_data={train_data}",
+            test,
+        ]
         words += [device, f"--representation={representation}", f"--output_dir={output.resolve()}"]
         return [sys.executable, *words, *how.evaluation_options]
     words = ["-m", "tools.study_measure", trial.cell.measure, f"--run={run_dir}", test, device]

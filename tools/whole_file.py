@@ -10,7 +10,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import BinaryIO
@@ -50,18 +50,23 @@ def locked_file(path: Path, *, buffering: int = -1) -> Iterator[BinaryIO]:
     Raises:
         ValueError: another process holds it.
     """
+    with open_locked(path, buffering=buffering) as file:
+        yield file
+
+
+def open_locked(path: Path, *, buffering: int = -1) -> BinaryIO:
+    """`locked_file` without a block: the lock ends when the file is closed."""
     while True:
-        path.touch()
-        try:
-            file = path.open("r+b", buffering)
-        except FileNotFoundError:  # who held it renamed or removed it just now
-            continue
-        with file:
-            _lock(file, path)
-            if not _lies_at(file, path):  # who held it before renamed or removed it
+        with ExitStack() as stack:
+            path.touch()
+            try:
+                file: BinaryIO = stack.enter_context(path.open("r+b", buffering))
+            except FileNotFoundError:  # who held it renamed or removed it just now
                 continue
-            yield file
-            return
+            _lock(file, path)
+            if _lies_at(file, path):  # else who held it before renamed or removed it
+                stack.pop_all()
+                return file
 
 
 def partial_path(path: Path) -> Path:

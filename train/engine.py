@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from model.methods.base import Method
+from train.cli import UnfitEnvironment
 from train.gradient_cache import Cotangents, cached_projections, loss_gradients, micro_batches, surrogate
 from train.nonfinite import NonFiniteGuard
 from train.optim.lars import LARS
@@ -35,14 +36,24 @@ def init_process_group(device: torch.device, hang_timeout_s: float = 0.0) -> Non
     Args:
         device: of this rank.
         hang_timeout_s: after which the watchdog gives a rank up; 0: it never does.
+
+    Raises:
+        UnfitEnvironment: they cannot meet where the launcher says.
     """
     deepspeed = _import_deepspeed(device)
-    deepspeed.init_distributed(
-        dist_backend="nccl" if device.type == "cuda" else "gloo",
-        auto_mpi_discovery=False,
-        verbose=False,
-        timeout=collective_timeout(hang_timeout_s),
-    )
+    try:
+        deepspeed.init_distributed(
+            dist_backend="nccl" if device.type == "cuda" else "gloo",
+            auto_mpi_discovery=False,
+            verbose=False,
+            timeout=collective_timeout(hang_timeout_s),
+        )
+    except dist.DistNetworkError as error:
+        place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        raise UnfitEnvironment(
+            f"the ranks cannot meet at {place}: {' '.join(str(error).split())}; where another run holds the port, "
+            "give the launcher one of its own: `--master_port 29501`"
+        ) from error
 
 
 def collective_timeout(hang_timeout_s: float) -> timedelta:

@@ -11,6 +11,8 @@ DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("do
 IN_EVERY_TEST_RUN = ("README.md", "imagenet.md", "own_images.md", "throughput.md", "evaluation.md")
 """The others wait for `make test-all`."""
 
+RUN_ELSEWHERE = {"formats.md": "tests/tools/test_source_guide.py runs it, and looks at what is written"}
+
 NOT_RUN = {
     "make": "its targets are looked up; continuous integration runs them",
     ".": "activates the environment in which this runs",
@@ -19,6 +21,7 @@ NOT_RUN = {
     "wandb": "asks for an account",
     "tensorboard": "serves until it is stopped",
     "tail": "follows until it is stopped",
+    "export": "variables of races that are not run here",
     "sbatch": "tests/reliability/test_slurm.py runs the job under a real Slurm",
     ".venv/bin/pre-commit": "would change the repository",
     "python": "pytest and its benchmarks; `make bench-quick` races the most telling ones",
@@ -35,7 +38,7 @@ def template(tmp_path_factory):
 
 def documents_with_commands():
     for document in DOCUMENTS:
-        if any(command.is_ours for command in commands_of(document)):
+        if document.name not in RUN_ELSEWHERE and any(command.is_ours for command in commands_of(document)):
             name = str(document.relative_to(ROOT))
             marks = () if document.name in IN_EVERY_TEST_RUN else (pytest.mark.slow,)
             yield pytest.param(document, id=name, marks=marks)

@@ -4,6 +4,7 @@ What a command names and no earlier one has made is put there before it starts: 
 that was trained for a moment on them.
 """
 
+import json
 import os
 import re
 import runpy
@@ -21,7 +22,15 @@ from train.runtime import free_port
 CLASSES = ("cats", "dogs")
 NUM_IMAGES = {"train": 120, "test": 20}
 """Of each class: as many as 200 nearest neighbours need."""
-TRAINED = ["--train.ema_decay=0.9", "--model.projection_head.num_layers=3"]
+PROFILES = {"one.json": 1, "eight.json": 8}
+"""Ranks, by the name of a profile."""
+RESULTS = ("before.json", "after.json", "docs/results/")
+"""What results of races are called."""
+TRAINED = [
+    "--model.encoder.depth=18",
+    "--model.projection_head.num_layers=3",
+    "--train.ema_decay=0.9",
+]
 """Of runs that are there from the start: whatever a document may ask for."""
 
 
@@ -44,16 +53,22 @@ class Workshop:
         """Provide what it names and run it; returns (exit codes, what rank 0 printed)."""
         words = [self._local(word) for word in (command.program, *command.small_arguments)]
         made = self._made_by(command)
-        for path in [path for path in self._provided if path in made]:
-            self._provided.remove(path)
-            self._remove(path)
+        for path in made:
+            if path in self._provided or command.program == "tools.convert":  # a guide shows several ways to one file
+                self._provided.discard(path)
+                self._remove(path)
         for word in [*words[1:], *_paths_in_config(command)]:
             self._provide(word.partition("=")[2] or word, made)
         self._num_started += 1
-        return start(words, self.folder, f"output-{self._num_started}", command.variables, command.num_ranks)
+        variables = {"WANDB_MODE": "offline"} | command.variables
+        return start(words, self.folder, f"output-{self._num_started}", variables, command.num_ranks)
 
     def _local(self, word):
-        """Paths of other machines lie below the workshop."""
+        """Paths of other machines lie below the workshop; `…` stands for the run that an evaluation has trained."""
+        if word.endswith("/…"):
+            return (
+                next(self.folder.glob(f"{word[:-1]}finetune*/config.yaml")).parent.relative_to(self.folder).as_posix()
+            )
         return re.sub(r"^/(?=(?:local|shared)/)", "", word)
 
     def _made_by(self, command):
@@ -72,6 +87,15 @@ class Workshop:
         path = self.folder / word
         if path.exists() or word in made or not re.fullmatch(r"[\w./-]+", word) or word.startswith(("-", "/")):
             return
+        if match := re.match(r"runs/[\w-]+", word):
+            word = match[0]
+            shutil.copytree(self.template / "runs/template", self.folder / word, dirs_exist_ok=True)
+        elif not (self._provide_images(word, path) or self._provide_file(word, path)):
+            return
+        self._provided.add(word)
+
+    def _provide_images(self, word, path):
+        """A `.beton` or a folder; returns whether the word names one."""
         split = "test" if re.search("test|val", word) else "train"
         if word.endswith(".beton"):
             for suffix in ("", ".json"):
@@ -79,28 +103,41 @@ class Workshop:
                 shutil.copy(self.template / f"{split}.beton{suffix}", f"{path}{suffix}")
         elif re.fullmatch(r"\w+/(?:train|test|val)", word):
             shutil.copytree(self.template / split, path)
-        elif match := re.match(r"runs/[\w-]+", word):
-            shutil.copytree(self.template / "runs/template", self.folder / match[0], dirs_exist_ok=True)
-            word = match[0]
-        elif word.endswith(".txt"):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            names = [file.relative_to(self.template / "train").as_posix() for file in self._images("train")]
-            path.write_text("\n".join(names[::10]))
-        elif word == "resnet50.pth":
-            torch.save(torchvision.models.resnet50().state_dict(), path)
+        elif word == "photos":
+            for split in NUM_IMAGES:
+                shutil.copytree(self.template / split, path / split)
         else:
-            return
-        self._provided.add(word)
+            return False
+        return True
 
-    def _images(self, split):
-        return sorted((self.template / split).rglob("*.jpg"))
+    def _provide_file(self, word, path):
+        """A list of images, somebody's weights, a profile or a result; returns whether the word names one."""
+        if word == "resnet50.pth":
+            torch.save(torchvision.models.resnet50().state_dict(), path)
+            return True
+        if word.endswith(".txt"):
+            text = "\n".join(file.relative_to(self.template / "train").as_posix() for file in self._images()[::10])
+        elif word in PROFILES:
+            text = json.dumps(profile_of(PROFILES[word]))
+        elif word.startswith(RESULTS):
+            text = next((ROOT / "docs/results").glob("*-pipelines-cpu.json")).read_text()
+        elif word == "README.md":
+            text = (ROOT / word).read_text()
+        else:
+            return False
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+        return True
+
+    def _images(self):
+        return sorted((self.template / "train").rglob("*.jpg"))
 
     def _remove(self, word):
         path = self.folder / word
         if path.is_dir():
             shutil.rmtree(path)
         else:
-            path.unlink()
+            path.unlink(missing_ok=True)
             Path(f"{path}.json").unlink(missing_ok=True)
 
 
@@ -127,6 +164,13 @@ def make_template(folder):
     words = ["train/pretrain.py", "--name=template", "--data.path=train.beton", *SMALL_RUN, *TRAINED]
     codes, told = start(words, folder, "output")
     assert codes == [0], told
+
+
+def profile_of(ranks):
+    """A profile of so many ranks, as JSON."""
+    from tests.tools.plan_profiles import profile
+
+    return profile(ranks=ranks).to_json()
 
 
 def start(words, folder, output, variables=None, num_ranks=1):

@@ -13,9 +13,10 @@ from pipelines.beton import open_beton
 from pipelines.manifest import load_manifest
 from tests.tools.ugly_images import picture, saved
 from tools.convert import convert_images, quarantine_path
-from tools.convert_places import Places, size_in_bytes
+from tools.convert_places import Places, check_names, size_in_bytes
 from tools.image_encoding import EncodeOptions
 from tools.verify import verify
+from tools.whole_file import locked_file, partial_path
 
 PAGE = 1 << 21
 SHARD = 4 * PAGE  # a page of tables and two of data; the table at the end breaks a third: four 900 kB images
@@ -230,3 +231,27 @@ class TestVerify:
             "'b/12.png' is among the images, but not in the manifest",
             "'b/11.png' is in the manifest, but not among the images",
         ]
+
+
+def test_a_shard_that_another_conversion_writes_is_not_touched(source, tmp_path):
+    common = tmp_path / "common"
+    common.mkdir()
+    with locked_file(partial_path(common / "x-00000.beton")) as file:
+        file.write(b"of the first")
+        file.flush()
+        with pytest.raises(ValueError, match="is being written by another process"):
+            shards(source, tmp_path / "second", dirs=[common])
+        assert file.seek(0) == 0
+        assert file.read() == b"of the first"
+
+
+def test_a_shard_that_another_conversion_finished_meanwhile_is_not_replaced(source, tmp_path, monkeypatch):
+    def meanwhile(places, *, fresh):
+        check_names(places, fresh=fresh)
+        (tmp_path / "common" / "x-00000.beton").write_bytes(b"of the first")
+
+    (tmp_path / "common").mkdir()
+    monkeypatch.setattr("tools.convert_images.check_names", meanwhile)
+    with pytest.raises(ValueError, match=r"x-00000\.beton exists"):
+        shards(source, tmp_path / "second", dirs=[tmp_path / "common"])
+    assert files(tmp_path / "common") == {"x-00000.beton": b"of the first"}

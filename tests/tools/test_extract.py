@@ -1,6 +1,7 @@
 """Features to a file: those of the network itself, with names and labels, in both formats; bad input in a line."""
 
 import json
+import os
 import shutil
 
 import numpy as np
@@ -88,6 +89,15 @@ def test_features_that_are_not_finite_are_refused_and_nothing_is_written(root, t
     with pytest.raises(ValueError, match=r"the features must be finite, got NaN or infinity in \d+ of \d+ samples"):
         extract(config(root, tmp_path / "features.npz", checkpoint=str(broken)))
     assert not list(tmp_path.glob("features*"))
+
+
+def test_names_that_are_no_text(root, tmp_path):
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    shutil.copy(next((root / "test" / "images").rglob("*.png")), os.fsencode(photos) + b"/\xff.png")
+    ours = extract(config(root, tmp_path / "features.parquet", data=str(photos)))
+    assert ours.names == [os.fsdecode(b"\xff.png")]
+    assert pq.read_table(tmp_path / "features.parquet")["name"].to_pylist() == ["\\udcff.png"]
 
 
 @pytest.mark.parametrize(

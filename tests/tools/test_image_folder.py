@@ -76,6 +76,12 @@ def test_linked_folders_are_followed_once(folder):
     assert scan_images(root).files == ["a/1.jpg", "a/other/2.jpg", "b/2.jpg", "c/2.jpg"]
 
 
+def test_a_link_to_itself_is_a_file_that_cannot_be_read(folder):
+    root = folder("a/1.jpg")
+    (root / "loop").symlink_to("loop")
+    assert scan_images(root).strays == ["loop"]
+
+
 def test_folders_that_cannot_be_converted_are_refused_in_one_line(folder, tmp_path):
     root = folder("a/1.jpg")
     assert f"found none at {tmp_path / 'nowhere'}" in refusal(tmp_path / "nowhere")

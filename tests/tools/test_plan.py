@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from tests.tools.plan_profiles import gpu_profile, profile, written
+from tests.tools.plan_profiles import gpu_profile, profile, run_config, written
 from tools.plan import main
 from tools.plan_config import PlanConfig, parse_plan_config
 
@@ -61,6 +61,12 @@ def test_a_cpus_plan_speaks_of_ranks(tmp_path, capsys):
     assert "GPU" not in text
 
 
+def test_unless_it_is_told_it_takes_the_gpus_that_divide_the_batch(tmp_path):
+    out = tmp_path / "plan.json"
+    main(["--profile", *written(tmp_path, profile(run=run_config(batch=24))), "--json", str(out)])
+    assert [row["gpus"] for row in json.loads(out.read_text())["rows"]] == [1, 2, 4, 8]
+
+
 def test_endless_bandwidth_is_written_as_json_knows_it(file, tmp_path):
     out = tmp_path / "plan.json"
     main(["--profile", file, "--gpus", "1", "--bandwidth-gbps", "inf", "--json", str(out)])
@@ -80,7 +86,8 @@ def test_options_become_the_plan():
     ("words", "message"),
     [
         ("--gpus 0", "`--gpus` must be numbers from 1"),
-        ("--gpus 1,x", "argument --gpus: "),
+        ("--gpus 1,x", "argument --gpus: must be whole numbers such as 1,2,8, got '1,x'"),
+        ("--json a.png --figure a.png", "must name different files, got a.png twice"),
         ("--depth fifty", "argument --depth: invalid int value: 'fifty'"),
         ("--zero-stage 3", "argument --zero-stage: invalid choice: 3"),
         ("--bandwidth-gbps 0", "`--bandwidth-gbps` must be a positive number, got 0.0"),
@@ -111,6 +118,10 @@ def test_a_file_that_is_no_profile_is_named(tmp_path, content):
 def test_nothing_is_written_where_it_cannot_be(file, tmp_path):
     with pytest.raises(ValueError, match="must lie in a folder that exists"):
         main(["--profile", file, "--json", str(tmp_path / "nowhere" / "plan.json")])
+    with pytest.raises(ValueError, match="must name a file, got a folder"):
+        main(["--profile", file, "--json", str(tmp_path)])
+    with pytest.raises(ValueError, match="`--width` must be one that"):
+        main(["--profile", file, "--width", "1e9", "--json", str(tmp_path / "plan.json")])
     with pytest.raises(ValueError, match="`--gpus` must divide the global batch of 256 images, got 7; use 4"):
         main(["--profile", file, "--gpus", "7", "--json", str(tmp_path / "plan.json")])
     assert list(tmp_path.iterdir()) == []

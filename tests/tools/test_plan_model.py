@@ -48,6 +48,13 @@ def test_a_profile_of_several_ranks_gives_its_own_rate_too(ranks):
     )
 
 
+def test_a_further_profile_that_says_otherwise_is_told():
+    wide = changed(profile(), together_images_per_sec=1280.0)
+    assert plan_of(profile(), profile()).remarks == []
+    (remark,) = plan_of(profile(), wide, global_batch_size=32).remarks
+    assert remark.startswith("the profile of 1 × 64 images has 1,280 images/s, of which the model makes 640")
+
+
 def test_a_step_on_eight_gpus_worked_out_on_paper(gpu):
     """256 images in 0.2 s on one; parts 60 + 135 + 1 + 4 ms. On 8 with 256 images each, weak."""
     plan = plan_of(gpu, local_batch_size=256, gpus_per_node=8)
@@ -188,7 +195,7 @@ def test_nothing_stops_a_plan_without_obstacles(gpu):
 def test_what_fits_into_hours_and_budget(gpu):
     asked = {"global_batch_size": 4096, "price_per_gpu_hour": 2.5, "gpus": (1, 2, 4, 8, 16, 32, 64)}
     plan = plan_of(gpu, **asked)
-    rows = [make_row(plan, gpus) for gpus in plan.config.gpus]
+    rows = [make_row(plan, gpus) for gpus in plan.gpus]
     assert what_fits(replace(plan, config=replace(plan.config, hours=10.0)), rows).step.gpus == 4
     fastest = what_fits(replace(plan, config=replace(plan.config, budget=80.0)), rows)
     assert fastest.step.gpus == max(row.step.gpus for row in rows if row.cost <= 80.0)

@@ -145,6 +145,25 @@ def test_one_decoding_thread_of_many_cores_gets_more():
     assert words_of({"convert.max_side": 64}) == "tools.convert --max-side 64"
 
 
+def test_more_threads_do_not_make_ranks_talk_faster():
+    rates = TINY_NETWORK | {"forward": 900.0, "backward": 450.0, "communication": 300.0}
+    profile = profile_of(PHOTOS | rates, num_threads=2, cpu_threads=1, world_size=2, local_world_size=2)
+    costs = costs_of(profile, around()).with_threads(cpu_threads=2)
+    assert costs.device["backward"] == pytest.approx(1 / 900)
+    assert costs.device["communication"] == pytest.approx(1 / 300)
+    assert costs.training == pytest.approx(1 / series([1800, 900, 300, 2e6, 1.8e6]))
+    found = [one for one in diagnose(profile, around()).advice if "train.cpu_threads" in one.change]
+    assert [one.expected_images_per_sec < 300 for one in found] == [True]
+
+
+def test_micro_batches_talk_as_often_for_each_image_of_a_larger_batch():
+    rates = PHOTOS | TINY_NETWORK | {"communication": 300.0}
+    alike = {"world_size": 2, "local_world_size": 2, "local_batch_size": 32}
+    assert advice_on("data.global_batch_size", profile_of(rates, **alike), around()) is not None
+    pieces = profile_of(rates, config=configured(train={"micro_batch_size": 8}), **alike)
+    assert advice_on("data.global_batch_size", pieces, around()) is None
+
+
 def test_threads_that_fight_over_cores_get_their_own():
     rates = PHOTOS | {
         "decode": 800.0,

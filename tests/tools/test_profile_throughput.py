@@ -18,7 +18,7 @@ STEP = {"load", "forward", "loss", "backward", "optimizer", "step"}
 
 def start(folder, *words, rank=0, world_size=1, port=None):
     script = ["tools/profile_throughput.py", *map(str, words)]
-    variables = variables_of(rank, world_size, port or free_port()) | {"KINETO_LOG_LEVEL": "5"}
+    variables = variables_of(rank, world_size, port or free_port()) | {"KINETO_LOG_LEVEL": "6"}
     return Forked(folder / f"output-{rank}", variables, run_script, script)
 
 

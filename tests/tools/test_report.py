@@ -148,7 +148,8 @@ def test_a_browser_shows_it_on_a_desktop_and_a_phone_light_and_dark(one, two, tm
 
 def test_the_command_trains_the_same_configuration(folder, one):
     page = read(one)
-    (command,) = [line for line in page.said if line.startswith("python train/pretrain.py")]
+    command, started = [line for line in page.said if line.startswith("python train/pretrain.py")]
+    assert started.startswith("python train/pretrain.py --name=run --runs_dir=")
     words = shlex.split(command)
     again = parse_pretrain_config(words[2:])
     before = config_from_dict(read_run_config(folder / "run"))
@@ -211,6 +212,9 @@ def test_images_without_labels(folder, tmp_path):
         "without labels" in svg.get("aria-label", "") for svg in page.of("svg")
     )
     assert "are of its class" not in page.text
+    named = {image["alt"].removeprefix("query, ") for image in page.of("img") if image["alt"].startswith("query")}
+    assert len(named) == 8
+    assert named <= {path.name for path in images.iterdir()}
 
 
 @pytest.mark.parametrize(

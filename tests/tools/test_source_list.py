@@ -130,3 +130,12 @@ def test_identity_tells_of_changes_and_not_of_places(folder, tmp_path_factory):
     assert len({before, changed, open_source(place / "list.csv", OPTIONS).identity()}) == 3
     written(place, text.replace("jpg,3", "jpg,2"))
     assert open_source(place / "list.csv", OPTIONS).identity() not in (before, changed)
+
+
+def test_whole_numbers_with_a_decimal_point_as_pandas_writes_them_beside_an_empty_cell(folder):
+    text = "path,label\n" + "".join(f"photos/{i}.jpg,{label}\n" for i, label in enumerate(["10.0", "2.0", "", "0.0"]))
+    source = open_source(written(folder, text), OPTIONS)
+    assert source.labels == [10, 2, 0]
+    assert source.classes == [str(number) for number in range(11)]
+    words = open_source(written(folder, "path,label\nphotos/0.jpg,1.0\nphotos/1.jpg,1.5\n", "words.csv"), OPTIONS)
+    assert words.classes == ["1.0", "1.5"]

@@ -218,7 +218,7 @@ def test_what_cannot_be_shards_is_refused_in_one_line(tmp_path, shards):
         (renamed, OPTIONS, "must be a tar file, whole and uncompressed"),
         (words, OPTIONS, "must hold samples with an image, found 1 without ('words/1' has no image (only .txt))"),
         (label, OPTIONS, "label/1: its .json is not whole"),
-        (listed, OPTIONS, "list/1: its label must be a number or a word, found [1]"),
+        (listed, OPTIONS, "list/1: its label must be a whole number or a word, found [1]"),
         (shards, SourceOptions(label_column="nothing"), "--label-column nothing: no sample's .json has this field"),
         (shards / "shard-{000..009}.tar", OPTIONS, "shard-003.tar must be a tar file, found nothing"),
     ):
@@ -247,3 +247,12 @@ def test_identity_tells_of_changes_and_not_of_places(shards, tmp_path):
     content = shard.read_bytes()
     shard.write_bytes(content + bytes(512))
     assert open_source(moved, OPTIONS).identity() != before
+
+
+def test_a_whole_number_in_json_may_have_a_decimal_point(tmp_path):
+    members = {}
+    for i, (data, label) in enumerate(photos()):
+        members |= {f"{i}.jpg": data, f"{i}.json": json.dumps({"label": float(label)}).encode()}
+    source = open_source(write_tar(tmp_path / "a.tar", members), OPTIONS)
+    assert source.labels == [label for _, label in photos()]
+    assert source.classes == ["0", "1", "2"]

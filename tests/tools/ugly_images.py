@@ -62,6 +62,11 @@ def over_white(rgb, alpha):
     return np.round(rgb * (alpha[..., None] / 255) + 255 - alpha[..., None].astype(float)).astype(np.uint8)
 
 
+def pgm16(levels):
+    """Netpbm's own format, 16 bits, of uint16 [H, W]."""
+    return b"P5 %d %d 65535\n" % levels.shape[::-1] + levels.astype(">u2").tobytes()
+
+
 def usable_files():
     rgb = picture()
     levels = rgb[..., 0]
@@ -102,6 +107,7 @@ def usable_files():
         "gray16.png": (saved(levels.astype(np.uint16) * 257, "PNG"), gray(levels), 0),
         "gray16_dark.png": (saved(levels.astype(np.uint16), "PNG"), np.zeros_like(rgb), 0),
         "gray16.tif": (saved(levels.astype(np.uint16) * 257, "TIFF"), gray(levels), 0),
+        "gray16.pgm": (pgm16(levels.astype(np.uint16) * 257), gray(levels), 0),
         "rgb16.png": (cv2.imencode(".png", deep[..., ::-1])[1].tobytes(), rgb, 0),
         "palette.png": (saved(indexed, "PNG"), palette[indices], 0),
         "palette_transparent.png": (saved(indexed, "PNG", transparency=1), keyed, 0),
