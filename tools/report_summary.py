@@ -101,7 +101,7 @@ def _loss(run: RunRecord) -> Figure | None:
     values = run.lines.columns["loss"][1]
     last = [float(value) for value in values[-max(1, len(values) // 50) :] if math.isfinite(value)]
     note = f"mean of the last {len(last):,} lines {figure(statistics.fmean(last))}" if len(last) > 1 else ""
-    return "final loss", figure(float(values[-1])), note
+    return "last loss", figure(float(values[-1])), note
 
 
 def summary_tiles(run: RunRecord, clock: Clock, records: Sequence[Record]) -> str:

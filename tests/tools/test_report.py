@@ -67,7 +67,7 @@ def test_the_page_of_a_run_that_trained(folder, one):
     lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
     assert f"statusfinishedall {STEPS} steps" in page.text
     assert f"images seen{16 * STEPS}3 epochs of 48" in page.text
-    assert f"{lines[-1]['loss']:.4g}"[:4] in page.text.split("final loss")[1][:8]
+    assert f"{lines[-1]['loss']:.4g}"[:4] in page.text.split("last loss")[1][:8]
     found = json.loads((folder / "run" / "evaluation" / "knn-learned.json").read_text())
     top1 = found["figures"]["all"]["top1"]["mean"]
     assert f"top-1 accuracy{100 * top1:.1f} %knn, 48 test images" in page.text
