@@ -26,7 +26,8 @@ from train.runtime import Ranks, cores_per_rank
 
 ROUNDS, FEWEST_ROUNDS = 5, 3
 MAX_TRIALS = 3
-MAX_TURNS = 40  # turns' worth of seconds: after them no other trial begins; half of them, and a trial has few rounds
+MAX_TURNS = 40  # turns' worth of seconds: after them no other trial begins; after half of them a trial has few rounds
+LEAST_S = 60.0  # that the trials may take, however short a turn is
 KEPT = 1.02  # the gain below which a change is not worth its words
 ROOM_FOR_TWO = 0.45  # of the device's memory: above it, both engines do not fit beside each other
 
@@ -112,7 +113,7 @@ def verify(
     trials: list[Trial] = []
     began = time.monotonic()
     for advice in _candidates(diagnosis.advice, ranks):
-        if of_rank_zero(time.monotonic() - began > MAX_TURNS * seconds, ranks):
+        if of_rank_zero(time.monotonic() - began > max(LEAST_S, MAX_TURNS * seconds), ranks):
             break
         trial = _try(advice, config, ranks, seconds=seconds, one_at_a_time=alone)
         trials.append(trial)
@@ -197,7 +198,7 @@ def _race(
             order = (0, 1) if number % 2 == 0 else (1, 0)
             rates = {i: turn(i) for i in order}
             rounds.append((rates[0], rates[1]))
-            late = time.monotonic() - began > MAX_TURNS / 2 * seconds
+            late = time.monotonic() - began > max(LEAST_S, MAX_TURNS * seconds) / 2
             if of_rank_zero(late and len(rounds) >= FEWEST_ROUNDS, ranks):
                 break
     return rounds

@@ -57,8 +57,8 @@ def read_ranks() -> Ranks:
         ("MASTER_ADDR", "127.0.0.1"),
     ):
         os.environ.setdefault(name, default)
-    if "MASTER_PORT" not in os.environ:
-        os.environ["MASTER_PORT"] = str(free_port())
+    if "MASTER_PORT" not in os.environ:  # a single rank meets nobody: whichever port is free when it listens
+        os.environ["MASTER_PORT"] = "0" if os.environ["WORLD_SIZE"] == "1" else str(free_port())
     world_size = int(os.environ["WORLD_SIZE"])
     ranks = Ranks(
         rank=int(os.environ["RANK"]),

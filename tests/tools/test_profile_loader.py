@@ -92,8 +92,6 @@ def test_four_times_the_pixels_cost_the_decoder_alone(small, large):
     decode, _, photometric = found[1] / found[0]
     assert 2.0 < decode < 8.0
     assert 0.5 < photometric < 2.0
-    shares = [parts[0] / parts.sum() for parts in found]
-    assert shares[1] > shares[0]
 
 
 def test_crops_are_timed_without_colours(small):

@@ -1,6 +1,7 @@
 """The command: its words, its files, and the whole of it as a process, on one rank and on two."""
 
 import json
+import statistics
 from pathlib import Path
 
 import pytest
@@ -117,12 +118,12 @@ def test_the_advice_was_tried_and_the_verdict_follows_from_what_was_measured(fou
     verified = found["verified"]
     possible = [advice["change"] for advice in found["advice"] if advice["kind"] != "machine"]
     assert [trial["change"] for trial in verified["trials"]] == possible[: len(verified["trials"])]
-    assert len(verified["trials"]) == min(3, len(possible)) or verified["kept"]
+    assert bool(verified["trials"]) == bool(possible)  # fewer than three where one helps, or where time is up
     for trial in verified["trials"]:
-        ratios = sorted(trial["ratios"])
-        assert len(ratios) == 5
-        assert trial["ratio"] == ratios[2]
-        assert trial["kept"] == (ratios[2] >= 1.02 and ratios[1] > 1.0)
+        ratios = trial["ratios"]
+        assert 3 <= len(ratios) <= 5
+        assert trial["ratio"] == statistics.median(ratios)
+        assert trial["kept"] == (trial["ratio"] >= 1.02 and sum(ratio > 1.0 for ratio in ratios) >= len(ratios) - 1)
     if possible:
         assert {name: verified[name] for name in ("change", "before", "after", "ratio", "kept")}.items() <= next(
             trial for trial in verified["trials"] if trial["change"] == verified["change"]
