@@ -32,7 +32,7 @@ NUM_IMAGES = 10_000
 BATCH = 256
 RANKS = (1, 2, 4)
 PROFILED = (1, 2)  # ranks that are profiled; the others are predicted
-FLOOR = Floor(speed=1.0, goal=3.0)  # of the most ranks against one
+FLOOR = Floor(speed=0.6, goal=3.0)  # of the most ranks against one; small networks gain nothing on four cores
 MAX_FACTOR = 2.0  # between predicted and measured
 BUSY = 0.5  # of the cores, by the load average: more of other work, and nothing is judged
 
